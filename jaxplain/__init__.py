@@ -1,0 +1,23 @@
+"""jaxplain: what every neuron of a language model responds to."""
+
+import importlib.metadata
+import os
+
+# transformers advises at import to install torch, which jaxplain never needs.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+from jaxplain.errors import JaxplainError
+from jaxplain.store.reader import Exemplar, Neuron, NeuronStatistics, Split, Store, open_store
+
+__all__ = [
+    "Exemplar",
+    "JaxplainError",
+    "Neuron",
+    "NeuronStatistics",
+    "Split",
+    "Store",
+    "__version__",
+    "open_store",
+]
+
+__version__ = importlib.metadata.version("jaxplain")

@@ -1,0 +1,117 @@
+"""What all commands share: reading a config from YAML and command line, and ending with one sentence."""
+
+import dataclasses
+import difflib
+import re
+import sys
+import textwrap
+import typing
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from jsonargparse import ArgumentParser
+
+from jaxplain.errors import JaxplainError
+
+Config = TypeVar("Config")
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+_UNKNOWN_KEY = re.compile(
+    r"(?:does not accept option|Option|unrecognized arguments:) '?(?:--)?([\w.]+)"
+)
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+    """Run a command's main function and exit: errors end in one sentence and status 2.
+
+    `--traceback` shows where an error came from.
+    """
+    arguments = [argument for argument in sys.argv[1:] if argument != "--traceback"]
+    try:
+        main(arguments)
+    except JaxplainError as error:
+        if "--traceback" in sys.argv[1:]:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_ERROR)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def config_parser(config_class: type, *, prog: str) -> ArgumentParser:
+    """A parser of `--config FILE` and `--any.field value` for a config dataclass."""
+    parser = ArgumentParser(
+        prog=prog, description=(config_class.__doc__ or "").split("\n")[0], exit_on_error=False
+    )
+    parser.epilog = "\n".join(_describe_list_items(config_class))
+    parser.add_argument("--config", action="config", help="A YAML file with any of the fields below.")
+    parser.add_argument("--traceback", action="store_true", help="Show where an error came from.")
+    parser.add_class_arguments(config_class, as_group=False)
+    return parser
+
+
+def parse_config(
+    parser: ArgumentParser, config_class: type[Config], arguments: Sequence[str]
+) -> tuple[Config, Any]:
+    """The config, and the other options that the parser was given.
+
+    Raises JaxplainError for an unknown key (with the nearest known one), a wrong type or value.
+    """
+    try:
+        namespace = parser.parse_args(list(arguments))
+        values = parser.instantiate(namespace)
+    except ArgumentError as error:
+        raise JaxplainError(_one_sentence(str(error), config_class)) from error
+    fields = [field.name for field in dataclasses.fields(config_class)]  # pyright: ignore[reportArgumentType]
+    return config_class(**{name: values[name] for name in fields}), values
+
+
+def _one_sentence(message: str, config_class: type) -> str:
+    if match := _UNKNOWN_KEY.search(message):
+        key = match[1]
+        known = list(_known_keys(config_class))
+        same_block = [path for path in known if path.endswith(f".{key}")]
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or difflib.get_close_matches(
+            key.split(".")[-1], [path.split(".")[-1] for path in known], n=1, cutoff=0.5
+        )
+        nearest = (same_block or close or [None])[0]
+        suggestion = f"; did you mean {nearest}?" if nearest else "; see --help for the known ones."
+        return f"unknown config key {key}{suggestion}"
+    lines = [line.strip().removesuffix(":") for line in message.strip().splitlines()]
+    text = ": ".join(dict.fromkeys(line for line in lines if line))
+    text = re.sub(r'Parser key "([\w.]+)"', r"config key \1", text)
+    text = re.sub(r"<class '(\w+)'>", r"\1", text)
+    return text.rstrip(".") + "."
+
+
+def _known_keys(config_class: Any, prefix: str = "") -> typing.Iterator[str]:
+    for name, kind in typing.get_type_hints(config_class).items():
+        inner = next((t for t in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(t)), None)
+        if inner is None:
+            yield prefix + name
+        else:
+            yield from _known_keys(inner, f"{prefix}{name}.")
+
+
+def _describe_list_items(config_class: Any, prefix: str = "") -> typing.Iterator[str]:
+    """Help for the fields of blocks that stand in lists, which the parser itself does not describe."""
+    for name, kind in typing.get_type_hints(config_class).items():
+        if dataclasses.is_dataclass(kind):
+            yield from _describe_list_items(kind, f"{prefix}{name}.")
+        for item in typing.get_args(kind):
+            if dataclasses.is_dataclass(item):
+                yield f"each of {prefix}{name}:"
+                yield textwrap.dedent((item.__doc__ or "").split("Args:")[1]).strip("\n")
+                yield f"    defaults: {_defaults(item)}"
+
+
+def _defaults(config_class: Any) -> str:
+    return ", ".join(
+        f"{field.name} {field.default}"
+        for field in dataclasses.fields(config_class)
+        if field.default is not dataclasses.MISSING
+    )

@@ -1,0 +1,257 @@
+"""The blocks that configs are made of: one frozen dataclass each, the same in every command.
+
+Field descriptions here are what `--help` prints. Construction validates and does nothing else.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+from jaxplain.errors import JaxplainError
+from jaxplain.exemplars.reduction import Kind
+
+
+def _require(holds: bool, field: str, value: object, remedy: str) -> None:
+    if not holds:
+        raise JaxplainError(f"{field} is {value!r}; {remedy}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SubjectConfig:
+    """The model whose neurons are looked at.
+
+    Args:
+        id: A packaged subject (smollm2-135m-instruct), a Hugging Face hub id, or a local folder.
+        revision: Branch, tag or commit of a hub id.
+        dtype: Of weights and arithmetic; norms, softmax and rotary angles are float32 in any case.
+    """
+
+    id: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of text. Give either a preset, or a dataset.
+
+    Args:
+        preset: A named source: wikipedia-leads or chitchat.
+        dataset: A Hugging Face dataset's name, or json, csv, parquet or text for local data_files.
+        config: The dataset's configuration name, where it has several.
+        revision: Branch, tag or commit of the dataset.
+        split: Which part of the dataset to read.
+        data_files: Local files (globs allowed) for json, csv, parquet and text. TSV is csv with a tab.
+        delimiter: What separates the fields of a csv file.
+        text_column: The column with plain text; `text` where neither column is given.
+        chat_column: The column with a list of {role, content}, laid out by the subject's chat template.
+        weight: Share of the sequences, relative to the other sources' weights.
+    """
+
+    preset: str | None = None
+    dataset: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    data_files: str | list[str] | None = None
+    delimiter: str = ","
+    text_column: str | None = None
+    chat_column: str | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.preset is None) != (self.dataset is None),
+            "corpus.sources",
+            self.preset or self.dataset,
+            "every source needs either a preset or a dataset, and not both",
+        )
+        _require(
+            math.isfinite(self.weight) and self.weight > 0,
+            "corpus.sources.weight",
+            self.weight,
+            "give a positive number",
+        )
+        _require(
+            self.text_column is None or self.chat_column is None,
+            "corpus.sources.chat_column",
+            self.chat_column,
+            "give a text_column or a chat_column, not both",
+        )
+
+    @property
+    def name(self) -> str:
+        """What provenance calls this source."""
+        if self.preset:
+            return self.preset
+        if self.data_files:
+            return self.data_files if isinstance(self.data_files, str) else self.data_files[0]
+        return f"{self.dataset}/{self.config}" if self.config else str(self.dataset)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExcludeConfig:
+    """Tokens that are read by the model but never count for a neuron.
+
+    Args:
+        special: Exclude the tokenizer's special tokens.
+        first: Exclude this many tokens at the start of every sequence (attention sinks live there).
+        tokens: Exclude these token ids.
+    """
+
+    special: bool = True
+    first: int = 0
+    tokens: list[int] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """What the subject reads.
+
+    Args:
+        sources: The sources, mixed by weight; sequences stop when one of them runs out.
+        sequence_length: Tokens per sequence, a BOS token included where the subject expects one.
+        stride: Tokens from the start of one sequence to the start of the next; by default no overlap.
+        separator: Put the tokenizer's EOS token between documents.
+        max_sequences: Sequences per split; 0 means as many as the sources give.
+        splits: Share of the documents in each split; a document is in one split only, by its hash.
+        exclude: Tokens that never count.
+        seed: Of the order of documents and of the draw for random exemplars.
+    """
+
+    sources: list[SourceConfig]
+    sequence_length: int = 96
+    stride: int | None = None
+    separator: bool = True
+    max_sequences: int = 1000
+    splits: dict[str, float] = dataclasses.field(
+        default_factory=lambda: {"train": 0.5, "valid": 0.25, "test": 0.25}
+    )
+    exclude: ExcludeConfig = ExcludeConfig()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(bool(self.sources), "corpus.sources", self.sources, "give at least one source")
+        _require(self.sequence_length >= 2, "corpus.sequence_length", self.sequence_length, "give 2 or more tokens")
+        _require(
+            self.stride is None or 1 <= self.stride <= self.sequence_length,
+            "corpus.stride",
+            self.stride,
+            f"give 1 to {self.sequence_length} tokens",
+        )
+        _require(self.max_sequences >= 0, "corpus.max_sequences", self.max_sequences, "give 0 for all, or a positive number")
+        shares = self.splits.values()
+        _require(
+            bool(shares) and min(shares) > 0 and sum(shares) <= 1 + 1e-9,
+            "corpus.splits",
+            self.splits,
+            "shares must be positive and sum to at most 1",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NeuronsConfig:
+    """Which neurons to keep exemplars of.
+
+    Args:
+        layers: Layers by number from 0, or all.
+        indices: Neurons of each layer by number from 0, or all.
+        file: A .npy of (layer, neuron) pairs, integers [N, 2], in place of the two above.
+    """
+
+    layers: Literal["all"] | list[int] = "all"
+    indices: Literal["all"] | list[int] = "all"
+    file: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(
+            self.file is None or (self.layers == "all" and self.indices == "all"),
+            "neurons.file",
+            self.file,
+            "it takes the place of neurons.layers and neurons.indices, so leave those out",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExemplarsConfig:
+    """What to keep for every neuron.
+
+    Args:
+        splits: Which of the corpus's splits to read.
+        kinds: max keeps the sequences with the highest activations, min those with the lowest, random a fair sample.
+        k: Sequences per neuron, split and kind.
+        activation_dtype: Of the stored per-token activations; scores are float32 in any case.
+    """
+
+    splits: list[str] = dataclasses.field(default_factory=lambda: ["train", "valid"])
+    kinds: list[Kind] = dataclasses.field(default_factory=lambda: ["max", "min", "random"])
+    k: int = 100
+    activation_dtype: Literal["float16", "float32"] = "float16"
+
+    def __post_init__(self) -> None:
+        for field in ("splits", "kinds"):
+            values = getattr(self, field)
+            unique = bool(values) and len(set(values)) == len(values)
+            _require(unique, f"exemplars.{field}", values, "name at least one, and none twice")
+        _require(self.k >= 1, "exemplars.k", self.k, "give a positive number of sequences")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How devices are arranged.
+
+    Args:
+        data: Devices over which sequences are spread; -1 means all that `model` leaves.
+        model: Devices over which neurons and weights are spread.
+    """
+
+    data: int = -1
+    model: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How to run.
+
+    Args:
+        batch_size: Sequences per step, over all devices.
+        mesh: How devices are arranged.
+        progress: Show progress bars.
+    """
+
+    batch_size: int = 32
+    mesh: MeshConfig = MeshConfig()
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, "run.batch_size", self.batch_size, "give a positive number of sequences")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """Find the exemplars of every neuron: one pass over a corpus, into a Zarr store.
+
+    Args:
+        subject: The model whose neurons are looked at.
+        corpus: What the subject reads.
+        output: The run's folder; the store becomes exemplars.zarr in it.
+        neurons: Which neurons to keep exemplars of.
+        exemplars: What to keep for every neuron.
+        run: How to run.
+    """
+
+    subject: SubjectConfig
+    corpus: CorpusConfig
+    output: str
+    neurons: NeuronsConfig = NeuronsConfig()
+    exemplars: ExemplarsConfig = ExemplarsConfig()
+    run: RunConfig = RunConfig()
+
+    def __post_init__(self) -> None:
+        for split in self.exemplars.splits:
+            _require(
+                split in self.corpus.splits,
+                "exemplars.splits",
+                split,
+                f"corpus.splits has {', '.join(self.corpus.splits)}",
+            )

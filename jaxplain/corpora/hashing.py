@@ -1,0 +1,54 @@
+"""Hashes that are the same on every machine and in every run."""
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Float, Int
+
+
+def text_hash(text: str) -> int:
+    """63 bits of a text's BLAKE2b digest."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def split_of(document: int, splits: Mapping[str, float]) -> str | None:
+    """The split of a document by its id; None where the shares leave it out.
+
+    It depends on the id and the shares alone, so that another seed never moves a document from
+    the data that is scored to the data that is explained.
+    """
+    place = float(_uniform(_mix(np.uint64(document))))
+    edge = 0.0
+    for name, share in splits.items():
+        edge += share
+        if place < edge:
+            return name
+    # Shares that sum to one but for rounding leave nothing out.
+    return name if edge > 1 - 1e-9 else None  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+def lottery(
+    seed: int, document_N: Int[np.ndarray, "N"], start_N: Int[np.ndarray, "N"]
+) -> Float[np.ndarray, "N"]:
+    """A uniform float32 in (0, 1) for each window, from the seed and where the window comes from.
+
+    The windows with the highest numbers are a fair sample, whichever run or slice they are seen in.
+    """
+    seeded = _mix(np.uint64(seed % 2**64) + np.zeros(len(document_N), np.uint64))
+    return _uniform(_mix(_mix(seeded ^ document_N.astype(np.uint64)) ^ start_N.astype(np.uint64)))
+
+
+def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea & Flood, 2014)."""
+    with np.errstate(over="ignore"):
+        x = np.asarray(x, np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def _uniform(bits: np.ndarray) -> np.ndarray:
+    # 23 bits and a half step: float32 then represents every value, and neither 0 nor 1 occurs.
+    return (((bits >> np.uint64(41)).astype(np.float64) + 0.5) / 2**23).astype(np.float32)

@@ -1,0 +1,90 @@
+"""The token table: windows written once, numbered by row, and read by row ever after."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+
+import grain
+import numpy as np
+import tensorstore as ts
+from jaxtyping import Float, Int
+from transformers import PreTrainedTokenizerBase
+
+from jaxplain.configs import CorpusConfig
+from jaxplain.corpora.hashing import lottery
+from jaxplain.corpora.sources import Source
+from jaxplain.corpora.windows import PADDING, Window, windows_of_split
+from jaxplain.errors import JaxplainError
+from jaxplain.store.writer import SequenceBlock, StoreWriter, blocks_of
+
+_ROWS_PER_WRITE = 4096
+
+
+def write_token_table(
+    writer: StoreWriter,
+    sources: Sequence[Source],
+    config: CorpusConfig,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+) -> int:
+    """Cut the split's windows and write them; the number of rows.
+
+    Raises JaxplainError where the sources give not a single window.
+    """
+    windows: Iterable[Window] = windows_of_split(sources, config, split, tokenizer)
+    if config.max_sequences:
+        windows = itertools.islice(windows, config.max_sequences)
+    blocks = blocks_of(map(_row, windows), _ROWS_PER_WRITE)
+    rows = writer.write_sequences(split, blocks, tokens=config.sequence_length)
+    if rows == 0:
+        raise JaxplainError(
+            f"the corpus is empty: no source gave a sequence for split {split!r}; "
+            "check the text columns, or give the split a larger share in corpus.splits."
+        )
+    return rows
+
+
+def _row(window: Window) -> SequenceBlock:
+    return SequenceBlock(
+        token_NT=window.tokens_T[None],
+        corpus_N=np.array([window.corpus], np.int32),
+        document_N=np.array([window.document], np.int64),
+        start_N=np.array([window.start], np.int32),
+        length_N=np.array([window.length], np.int32),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """Consecutive rows of a token table, padded to the batch size with rows of -1.
+
+    `sequence_B` are the row numbers, `lottery_B` each row's number in the draw for random exemplars.
+    """
+
+    tokens_BT: Int[np.ndarray, "B T"]
+    sequence_B: Int[np.ndarray, "B"]
+    lottery_B: Float[np.ndarray, "B"]
+    rows: int
+
+
+def token_batches(
+    table: dict[str, ts.TensorStore], *, batch_size: int, seed: int
+) -> Iterator[TokenBatch]:
+    """All rows in order, read ahead by Grain."""
+    rows = table["token"].shape[0]
+
+    def read(start: int) -> TokenBatch:
+        stop = min(start + batch_size, rows)
+        padding = [(0, batch_size - (stop - start))]
+        read_rows = [table[name][start:stop].read() for name in ("token", "document", "start")]
+        tokens_NT, document_N, start_N = (np.asarray(future.result()) for future in read_rows)
+        return TokenBatch(
+            tokens_BT=np.pad(tokens_NT, [*padding, (0, 0)], constant_values=PADDING),
+            # Padding rows take the numbers that follow; they have no token that counts.
+            sequence_B=np.arange(start, start + batch_size, dtype=np.int32),
+            lottery_B=np.pad(lottery(seed, document_N, start_N), padding),
+            rows=stop - start,
+        )
+
+    batches = grain.MapDataset.range(0, rows, batch_size).map(read)
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))

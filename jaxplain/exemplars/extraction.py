@@ -1,0 +1,156 @@
+"""The extraction run: for each split, cut the corpus, stream it through the subject, write what remains."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Bool, Int
+
+from jaxplain.configs import ExtractConfig
+from jaxplain.corpora.tokens import TokenBatch, token_batches
+from jaxplain.errors import JaxplainError
+from jaxplain.exemplars.merging import merge_partials
+from jaxplain.exemplars.moments import merge_moments
+from jaxplain.exemplars.reduction import Rows, empty_reduction
+from jaxplain.exemplars.selection import Selection
+from jaxplain.exemplars.step import Reductions, Step
+from jaxplain.store.writer import SplitWriter, StoreWriter
+
+Progress = Callable[..., Any]
+"""Like `tqdm.tqdm`: called with `total=`, `desc=` and `unit=`, gives a bar with `update` and `close`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """What every split of a run shares. `excluded` are token ids that never count."""
+
+    config: ExtractConfig
+    mesh: Mesh
+    selection: Selection
+    step: Step
+    weights: Any
+    excluded: frozenset[int]
+    mlp_width: int
+
+    def run_split(self, writer: StoreWriter, split: str, progress: Progress) -> None:
+        """Extract a split whose token table is written already."""
+        config = self.config
+        table = writer.read_sequences(split)
+        batches = token_batches(
+            table, batch_size=config.run.batch_size, seed=config.corpus.seed
+        )
+        bar = progress(total=table["token"].shape[0], desc=f"{split}: extract", unit="seq")
+        reductions = self._reduce(batches, bar.update)
+        bar.close()
+        out = writer.create_split(
+            split,
+            layers=self.selection.layers,
+            neurons=self.selection.neurons,
+            kinds=config.exemplars.kinds,
+            k=config.exemplars.k,
+            tokens=config.corpus.sequence_length,
+            activation_dtype=config.exemplars.activation_dtype,
+        )
+        bar = progress(total=len(reductions), desc=f"{split}: write", unit="layer")
+        self._write(reductions, out, bar.update)
+        bar.close()
+
+    def _reduce(
+        self, batches: Iterable[TokenBatch], advance: Callable[[int], Any]
+    ) -> Reductions:
+        neurons = self._padded_neurons()
+        exemplars = self.config.exemplars
+        reductions = {
+            layer: empty_reduction(
+                kinds=tuple(exemplars.kinds),
+                neurons=len(neurons[layer]) if layer in neurons else self.mlp_width,
+                k=exemplars.k,
+                tokens=self.config.corpus.sequence_length,
+                dtype=jnp.dtype(exemplars.activation_dtype),
+                mesh=self.mesh,
+            )
+            for layer in self.selection.indices
+        }
+        pending = 0
+        for batch in batches:
+            rows = self._rows(batch)
+            # Wait for the step before last: the device stays busy, and progress stays honest.
+            jax.block_until_ready(jax.tree.leaves(reductions)[:1])
+            advance(pending)
+            reductions = self.step(reductions, self.weights, rows, neurons)
+            pending = batch.rows
+        jax.block_until_ready(reductions)
+        advance(pending)
+        return reductions
+
+    def _rows(self, batch: TokenBatch) -> Rows:
+        sharding = NamedSharding(self.mesh, P("data"))
+        counted_BT = counted_tokens(
+            batch.tokens_BT, excluded=self.excluded, first=self.config.corpus.exclude.first
+        )
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(sharding, x),
+            Rows(
+                tokens_BT=batch.tokens_BT,  # pyright: ignore[reportArgumentType]
+                counted_BT=counted_BT,  # pyright: ignore[reportArgumentType]
+                sequence_B=batch.sequence_B,  # pyright: ignore[reportArgumentType]
+                lottery_B=batch.lottery_B,  # pyright: ignore[reportArgumentType]
+            ),
+        )
+
+    def _padded_neurons(self) -> dict[int, jax.Array]:
+        """Indices of layers of which not all neurons are kept, repeated to divide by the mesh."""
+        size = self.mesh.shape["model"]
+        return {
+            layer: jnp.asarray(np.pad(indices, (0, -len(indices) % size), mode="edge"), jnp.int32)
+            for layer, indices in self.selection.indices.items()
+            if len(indices) < self.mlp_width
+        }
+
+    def _write(
+        self, reductions: Reductions, out: SplitWriter, advance: Callable[[int], Any]
+    ) -> None:
+        for place, layer in enumerate(self.selection.layers):
+            reduction = reductions.pop(int(layer))
+            columns = self.selection.columns(int(layer))
+            kept = slice(len(columns))
+            statistics = merge_moments(reduction.moments)
+            if not np.isfinite(statistics.mean_F).all() and statistics.count_F[0]:
+                raise JaxplainError(
+                    f"layer {layer} has activations that are not finite numbers in "
+                    f"{self.config.subject.dtype}; try subject.dtype float32, or check the weights."
+                )
+            out.write_statistics(
+                place,
+                columns,
+                count=statistics.count_F[kept],
+                mean=statistics.mean_F[kept],
+                variance=statistics.variance_F[kept],
+                fraction_active=statistics.fraction_active_F[kept],
+            )
+            for kind, ranked in merge_partials(reduction, self.mesh).items():
+                priority_NR = np.asarray(ranked.priority_FR)[kept]
+                sign = -1 if kind == "min" else 1
+                out.write_exemplars(
+                    kind,
+                    place,
+                    columns,
+                    score_NR=np.where(np.isfinite(priority_NR), sign * priority_NR, np.nan),
+                    sequence_NR=np.asarray(ranked.sequence_FR)[kept],
+                    activation_NRT=np.asarray(ranked.activation_FRT)[kept],
+                )
+            advance(1)
+
+
+def counted_tokens(
+    tokens_BT: Int[np.ndarray, "B T"], *, excluded: frozenset[int], first: int
+) -> Bool[np.ndarray, "B T"]:
+    """Which tokens count: not padding, not excluded, not among the `first` of their sequence."""
+    counted_BT = (tokens_BT >= 0) & ~np.isin(tokens_BT, list(excluded))
+    counted_BT[:, :first] = False
+    return counted_BT

@@ -1,0 +1,152 @@
+"""What becomes of a layer's activations at the moment they are sown.
+
+`LayerReduction` is the state of one layer: a top-k for every kind, and moments. `Fold` pairs it
+with the batch in flight; the decoder's sow calls `fold`, and only the new state leaves the layer.
+
+State is sharded over the mesh: neurons over `model`, and one *partial* state per `data` shard in a
+leading axis P, so that a step moves nothing between data shards. `merging` joins the partials.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxplain.exemplars.moments import Moments, empty_moments, update_moments
+from jaxplain.exemplars.topk import TopK, empty_topk, update_topk
+
+Kind = Literal["max", "min", "random"]
+KINDS: tuple[Kind, ...] = ("max", "min", "random")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerReduction:
+    """One layer's running answer; every array has a leading axis P of data shards."""
+
+    tops: dict[Kind, TopK]
+    moments: Moments
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows:
+    """A batch of token-table rows.
+
+    `tokens_BT` is -1 where there is no token; a whole row of -1 pads an uneven batch.
+    `counted_BT` marks the tokens that count. `lottery_B` is the priority for kind `random`.
+    """
+
+    tokens_BT: Int[Array, "B T"]
+    counted_BT: Bool[Array, "B T"]
+    sequence_B: Int[Array, "B"]
+    lottery_B: Float[Array, "B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fold:
+    """A layer's reduction together with the batch that is passing through the model."""
+
+    reduction: LayerReduction
+    rows: Rows
+    neurons: Int[Array, "N"] | None
+    mesh: Mesh = dataclasses.field(metadata={"static": True})
+
+    def fold(self, acts_BTF: Float[Array, "B T F"]) -> "Fold":
+        """The reduction with this batch's activations folded in."""
+        if self.neurons is not None:
+            acts_BTF = acts_BTF[:, :, self.neurons]
+        # Written once and read by every reduction, rather than computed again in each.
+        acts_BTF = lax.optimization_barrier(acts_BTF)
+        update = jax.shard_map(
+            _update_shard,
+            mesh=self.mesh,
+            in_specs=(reduction_specs(self.reduction), P("data"), P("data", None, "model")),
+            out_specs=reduction_specs(self.reduction),
+            check_vma=False,
+        )
+        return dataclasses.replace(self, reduction=update(self.reduction, self.rows, acts_BTF))
+
+
+def reduction_specs(reduction: LayerReduction) -> LayerReduction:
+    """How every array of a reduction lies on the mesh, in the same structure."""
+
+    def topk_specs(top: TopK) -> TopK:
+        ranked = P("data", None, "model" if top.priority_RG.shape[-1] > 1 else None)
+        return TopK(
+            priority_RG=ranked,
+            sequence_RG=ranked,
+            slot_RG=ranked,
+            activation_FRT=P("data", "model"),
+        )  # pyright: ignore[reportArgumentType]
+
+    neurons = P("data", "model")
+    return LayerReduction(
+        tops={kind: topk_specs(top) for kind, top in reduction.tops.items()},
+        moments=Moments(count=P("data"), mean_F=neurons, deviation_F=neurons, active_F=neurons),  # pyright: ignore[reportArgumentType]
+    )
+
+
+def empty_reduction(
+    *, kinds: tuple[Kind, ...], neurons: int, k: int, tokens: int, dtype: jnp.dtype, mesh: Mesh
+) -> LayerReduction:
+    """A reduction that has seen nothing, laid out on the mesh. `neurons` divides by axis `model`."""
+
+    def build() -> LayerReduction:
+        shard = LayerReduction(
+            tops={
+                kind: empty_topk(
+                    groups=1 if kind == "random" else neurons,
+                    neurons=neurons,
+                    k=k,
+                    tokens=tokens,
+                    dtype=dtype,
+                )
+                for kind in kinds
+            },
+            moments=empty_moments(neurons=neurons),
+        )
+        parts = mesh.shape["data"]
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (parts, *x.shape)), shard)
+
+    specs = reduction_specs(jax.eval_shape(build))
+    shardings = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)
+    )
+    return jax.jit(build, out_shardings=shardings)()
+
+
+def _update_shard(reduction: LayerReduction, rows: Rows, acts_BTF: Array) -> LayerReduction:
+    reduction = jax.tree.map(lambda x: x[0], reduction)
+    update = functools.partial(
+        update_topk,
+        sequence_B=rows.sequence_B,
+        acts_BTF=acts_BTF,
+        counted_BT=rows.counted_BT,
+    )
+    tops = {
+        kind: update(top, _priority_BG(kind, rows, acts_BTF))
+        for kind, top in reduction.tops.items()
+    }
+    moments = update_moments(reduction.moments, acts_BTF, rows.counted_BT)
+    return jax.tree.map(lambda x: x[None], LayerReduction(tops=tops, moments=moments))
+
+
+def _priority_BG(kind: Kind, rows: Rows, acts_BTF: Array) -> Array:
+    """How strongly each sequence of the batch claims a place, float32; -inf where nothing counts."""
+    # Clamping with an infinity of the right sign masks a token, and costs less than a select.
+    bound_BT1 = jnp.where(rows.counted_BT, jnp.inf, -jnp.inf).astype(acts_BTF.dtype)[:, :, None]
+    match kind:
+        case "max":
+            return jnp.minimum(acts_BTF, bound_BT1).max(axis=1).astype(jnp.float32)
+        case "min":
+            return -jnp.maximum(acts_BTF, -bound_BT1).min(axis=1).astype(jnp.float32)
+        case "random":
+            return jnp.where(rows.counted_BT.any(axis=1), rows.lottery_B, -jnp.inf)[:, None]

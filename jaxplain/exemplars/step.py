@@ -1,0 +1,49 @@
+"""One step of extraction: a batch through the subject, every chosen layer folded as it passes."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from jaxplain.exemplars.reduction import Fold, LayerReduction, Rows
+from jaxplain.subjects.decoder import MLP_ACTIVATION, Decoder, Sown
+
+Reductions = dict[int, LayerReduction]
+Step = Callable[[Reductions, nnx.State, Rows, Mapping[int, Array]], Reductions]
+
+
+def make_step(model: Decoder, mesh: Mesh) -> tuple[Step, nnx.State]:
+    """The jitted step, and the model's weights to call it with.
+
+    `step(reductions, weights, rows, neurons)` gives the reductions with the batch folded in and
+    consumes (donates) those it was given. `neurons[layer]` are the indices to keep, where not all.
+    """
+    graph, weights = nnx.split(model)
+
+    def step(
+        reductions: Reductions,
+        weights: nnx.State,
+        rows: Rows,
+        neurons: Mapping[int, Int[Array, "N"]],
+    ) -> Reductions:
+        folds = {
+            layer: Fold(reduction=reduction, rows=rows, neurons=neurons.get(layer), mesh=mesh)
+            for layer, reduction in reductions.items()
+        }
+        initial = nnx.State(
+            {
+                "layers": {
+                    layer: {"mlp": {MLP_ACTIVATION: Sown(fold)}} for layer, fold in folds.items()
+                }
+            }
+        )
+        model = nnx.merge(graph, weights)
+        _, sown = nnx.capture(model, Sown, init=initial)(rows.tokens_BT.clip(0))
+        return {
+            layer: sown["layers"][layer]["mlp"][MLP_ACTIVATION].get_value().reduction
+            for layer in reductions
+        }
+
+    return jax.jit(step, donate_argnums=0), weights

@@ -1,0 +1,117 @@
+"""python -m jaxplain.extract: find the exemplars of every neuron of a model, in one pass over a corpus."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from tqdm import tqdm
+
+import jaxplain
+from jaxplain.commands import config_parser, parse_config, run
+from jaxplain.configs import CorpusConfig, ExtractConfig
+from jaxplain.corpora.sources import Source, open_source
+from jaxplain.corpora.tokens import write_token_table
+from jaxplain.errors import JaxplainError
+from jaxplain.exemplars.extraction import Extraction
+from jaxplain.exemplars.selection import select_neurons
+from jaxplain.exemplars.step import make_step
+from jaxplain.mesh import make_mesh
+from jaxplain.store.files import Files
+from jaxplain.store.schema import STORE_NAME
+from jaxplain.store.writer import StoreWriter
+from jaxplain.subjects.subject import Subject, open_subject
+from jaxplain.subjects.vocabulary import token_bytes
+from jaxplain.viewer.terminal import print_sample
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, extract, and show a little of what was found."""
+    parser = config_parser(ExtractConfig, prog="python -m jaxplain.extract")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="Replace the store that the output folder holds."
+    )
+    config, options = parse_config(parser, ExtractConfig, arguments)
+    extract(config, overwrite=options.overwrite)
+    print_sample(jaxplain.open_store(config.output), Console())
+    print(f"\nThe store is {_join(config.output, STORE_NAME)}. To look at any neuron:")
+    print(f"  python -m jaxplain.show {config.output} --layer 0 --neuron 0")
+
+
+def extract(config: ExtractConfig, *, overwrite: bool = False) -> None:
+    """Run an extraction. Nothing is written before everything that can be checked has been.
+
+    Raises JaxplainError for anything in the config that does not fit the subject, corpus or devices.
+    """
+    path = _join(config.output, STORE_NAME)
+    if not overwrite and not Files(path).is_empty():
+        raise JaxplainError(
+            f"{path} exists already; choose another output, or replace it with --overwrite."
+        )
+    subject = open_subject(config.subject)
+    if config.corpus.sequence_length > subject.arch.max_positions:
+        raise JaxplainError(
+            f"corpus.sequence_length is {config.corpus.sequence_length}, but {subject.id} reads at "
+            f"most {subject.arch.max_positions} tokens."
+        )
+    selection = select_neurons(config.neurons, subject.arch)
+    mesh = make_mesh(
+        config.run.mesh, batch_size=config.run.batch_size, mlp_width=subject.arch.neurons
+    )
+    sources = [open_source(source, subject.tokenizer) for source in config.corpus.sources]
+    step, weights = make_step(subject.load(mesh, depth=selection.depth), mesh)
+    extraction = Extraction(
+        config=config,
+        mesh=mesh,
+        selection=selection,
+        step=step,
+        weights=weights,
+        excluded=_excluded_tokens(config.corpus, subject),
+        mlp_width=subject.arch.neurons,
+    )
+
+    Files(path).delete_all()
+    writer = StoreWriter(path, _attributes(config, subject, sources))
+    writer.write_vocabulary(token_bytes(subject.tokenizer, subject.arch.vocabulary))
+    progress = functools.partial(
+        tqdm, disable=not config.run.progress or jax.process_index() > 0, dynamic_ncols=True
+    )
+    for split in config.exemplars.splits:
+        rows = write_token_table(writer, sources, config.corpus, split, subject.tokenizer)
+        wanted = config.corpus.max_sequences
+        if rows < wanted and jax.process_index() == 0:
+            print(f"{split}: a source ran out after {rows} of {wanted} sequences; going on with those")
+        extraction.run_split(writer, split, progress)
+    writer.finish()
+
+
+def _excluded_tokens(config: CorpusConfig, subject: Subject) -> frozenset[int]:
+    special = subject.tokenizer.all_special_ids if config.exclude.special else []
+    return frozenset([*special, *config.exclude.tokens])
+
+
+def _attributes(
+    config: ExtractConfig, subject: Subject, sources: Sequence[Source]
+) -> dict[str, object]:
+    return {
+        "config": dataclasses.asdict(config),
+        "subject": {
+            "id": subject.id,
+            "revision": subject.revision,
+            "weight_hash": subject.weight_hash(),
+            "architecture": dataclasses.asdict(subject.arch),
+        },
+        "tokenizer_hash": subject.tokenizer_hash(),
+        "corpora": [source.name for source in sources],
+        "jaxplain_version": jaxplain.__version__,
+    }
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder.rstrip('/')}/{name}" if "://" in folder else str(Path(folder) / name)
+
+
+if __name__ == "__main__":
+    run(main)

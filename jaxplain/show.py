@@ -1,0 +1,33 @@
+"""python -m jaxplain.show RUN --layer L --neuron N: one neuron's exemplars, in the terminal."""
+
+import argparse
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from jaxplain.commands import run
+from jaxplain.store.reader import open_store
+from jaxplain.viewer.terminal import print_neuron
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, open, print."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxplain.show",
+        description="Show one neuron's exemplars, the activating tokens highlighted.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("run", help="a run's folder, or a store's path or URL")
+    parser.add_argument("--layer", type=int, required=True, help="layer, from 0")
+    parser.add_argument("--neuron", type=int, required=True, help="neuron of that layer, from 0")
+    parser.add_argument("--split", help="split; the store's first one by default")
+    parser.add_argument("--kind", default="max", help="max, min or random")
+    parser.add_argument("--limit", type=int, default=10, help="exemplars to show")
+    options = parser.parse_args(list(arguments))
+    store = open_store(options.run)
+    neuron = store[options.split or store.splits[0]].neuron(options.layer, options.neuron)
+    print_neuron(neuron, Console(), kind=options.kind, limit=options.limit)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,63 @@
+"""Files and arrays at a path or URL (local, gs://, s3://, http(s)://), by tensorstore."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tensorstore as ts
+
+from jaxplain.errors import JaxplainError
+from jaxplain.store.schema import ArraySpec
+
+_READ_CACHE_BYTES = 2**28
+
+
+def location(path: str | Path) -> str:
+    """The URL of a path; URLs stay as they are."""
+    text = str(path)
+    url = text if "://" in text else Path(text).expanduser().resolve().as_uri()
+    return url.rstrip("/") + "/"
+
+
+class Files:
+    """A folder at a URL."""
+
+    def __init__(self, path: str | Path):
+        self.url = location(path)
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": _READ_CACHE_BYTES}})
+        try:
+            self._store = ts.KvStore.open(self.url, context=self._context).result()
+        except ValueError as error:
+            raise JaxplainError(f"{path} is not a path or URL that can be opened: {error}.") from error
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """A JSON file's contents; None where there is no such file."""
+        result = self._store.read(name).result()
+        return json.loads(result.value) if result.state == "value" else None
+
+    def write_json(self, name: str, contents: dict[str, Any]) -> None:
+        """Write a JSON file, atomically."""
+        self._store.write(name, json.dumps(contents, indent=1).encode()).result()
+
+    def is_empty(self) -> bool:
+        """Whether the folder holds no files, or is not there."""
+        return not self._store.list().result()
+
+    def delete_all(self) -> None:
+        """Remove every file in the folder."""
+        self._store.delete_range(ts.KvStore.KeyRange()).result()
+
+    def create_array(self, name: str, spec: ArraySpec) -> ts.TensorStore:
+        """Make an array, in place of any of that name."""
+        return self._open(name, metadata=spec.metadata(), create=True, delete_existing=True)
+
+    def open_array(self, name: str) -> ts.TensorStore:
+        """Open an array for reading. Raises ValueError where there is none."""
+        return self._open(name, read=True, recheck_cached_data="open", recheck_cached_metadata="open")
+
+    def _open(self, name: str, **options: Any) -> ts.TensorStore:
+        spec: dict[str, Any] = {"driver": "zarr3", "kvstore": f"{self.url}{name}/"}
+        for key in ("metadata", "recheck_cached_data", "recheck_cached_metadata"):
+            if key in options:
+                spec[key] = options.pop(key)
+        return ts.open(spec, context=self._context, **options).result()

@@ -1,0 +1,295 @@
+"""Reading a store: `open_store`, then splits, neurons and their exemplars.
+
+    store = jaxplain.open_store("runs/smollm2")
+    neuron = store["train"].neuron(layer=10, index=42)
+    for exemplar in neuron.exemplars("max", limit=5):
+        print(exemplar.score, exemplar.text)
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tensorstore as ts
+from jaxtyping import Float, Int
+
+from jaxplain.errors import JaxplainError
+from jaxplain.store import schema
+from jaxplain.store.files import Files
+
+if TYPE_CHECKING:
+    import xarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exemplar:
+    """One sequence kept for a neuron.
+
+    Attributes:
+        rank: 0 for the strongest.
+        score: The highest activation for kind max, the lowest for min; the drawn number for random.
+        sequence: The sequence's row in the split's token table.
+        tokens: Token ids without padding, int32 [T].
+        token_strings: Each token's text. A token with part of a character shows U+FFFD.
+        activations: The neuron's activation at each token, float32 [T]; NaN where a token does not count.
+        corpus: Name of the source.
+        document: Hash of the document in which the sequence begins, the same in every run.
+        start: Number of that document's tokens that come before the sequence.
+        text: The whole sequence as text.
+    """
+
+    rank: int
+    score: float
+    sequence: int
+    tokens: Int[np.ndarray, "T"]
+    token_strings: list[str]
+    activations: Float[np.ndarray, "T"]
+    corpus: str
+    document: int
+    start: int
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NeuronStatistics:
+    """Over all tokens that count: how many, and the activation's mean, variance and share above zero."""
+
+    count: int
+    mean: float
+    variance: float
+    fraction_active: float
+
+
+class Vocabulary:
+    """The bytes of every token id."""
+
+    def __init__(self, text: np.ndarray, end: np.ndarray):
+        self._text, self._end = text.tobytes(), end
+
+    def bytes_of(self, token: int) -> bytes:
+        """A token's bytes; none for padding."""
+        if token < 0:
+            return b""
+        start = self._end[token - 1] if token else 0
+        return self._text[start : self._end[token]]
+
+    def text(self, tokens: Int[np.ndarray, "T"]) -> str:
+        """The text of a sequence of tokens."""
+        return b"".join(map(self.bytes_of, tokens)).decode("utf-8", "replace")
+
+    def strings(self, tokens: Int[np.ndarray, "T"]) -> list[str]:
+        """The text of every token by itself."""
+        return [self.bytes_of(token).decode("utf-8", "replace") for token in tokens]
+
+
+class Neuron:
+    """One neuron of one split."""
+
+    def __init__(self, split: "Split", layer: int, index: int, place: tuple[int, int]):
+        self.split, self.layer, self.index = split, layer, index
+        self._place = place
+
+    def __repr__(self) -> str:
+        return f"Neuron(layer={self.layer}, index={self.index}, split={self.split.name!r})"
+
+    @functools.cached_property
+    def stats(self) -> NeuronStatistics:
+        """The neuron's statistics."""
+        values = self.split._read({name: f"stats/{name}" for name in schema.STATISTICS}, self._place)
+        return NeuronStatistics(
+            count=int(values["count"]),
+            mean=float(values["mean"]),
+            variance=float(values["variance"]),
+            fraction_active=float(values["fraction_active"]),
+        )
+
+    def exemplars(self, kind: str = "max", *, limit: int | None = None) -> list[Exemplar]:
+        """The sequences kept for a kind, strongest first, at most `limit` of them.
+
+        Raises JaxplainError for a kind that the store does not hold.
+        """
+        split = self.split
+        split._check_kind(kind)
+        names = {name: f"{kind}/{name}" for name in ("score", "sequence", "activation")}
+        read = split._read(names, self._place)
+        filled = int(np.count_nonzero(read["sequence"] >= 0))
+        sequences = read["sequence"][: filled if limit is None else min(limit, filled)]
+        rows = split.sequences(sequences)
+        vocabulary = split.store.vocabulary
+        found = []
+        for rank, sequence in enumerate(sequences):
+            tokens = rows["token"][rank]
+            tokens = tokens[tokens >= 0]
+            found.append(
+                Exemplar(
+                    rank=rank,
+                    score=float(read["score"][rank]),
+                    sequence=int(sequence),
+                    tokens=tokens,
+                    token_strings=vocabulary.strings(tokens),
+                    activations=read["activation"][rank, : len(tokens)].astype(np.float32),
+                    corpus=split.store.corpora[rows["corpus"][rank]],
+                    document=int(rows["document"][rank]),
+                    start=int(rows["start"][rank]),
+                    text=vocabulary.text(tokens),
+                )
+            )
+        return found
+
+
+class Split:
+    """One split of a store: its sequences, and exemplars and statistics of every neuron kept."""
+
+    def __init__(self, store: "Store", name: str):
+        self.store, self.name = store, name
+        self.layers: Int[np.ndarray, "L"] = self._array("layer").read().result()
+        self.neurons: Int[np.ndarray, "F"] = self._array("neuron").read().result()
+
+    def __repr__(self) -> str:
+        return (
+            f"Split({self.name!r}, {self.sequence_count} sequences, {len(self.layers)} layers x "
+            f"{len(self.neurons)} neurons, kinds {', '.join(self.kinds)})"
+        )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of exemplars that the store holds."""
+        return tuple(self.store.config["exemplars"]["kinds"])
+
+    @property
+    def sequence_count(self) -> int:
+        """How many sequences were seen."""
+        return self._array("sequences/token").shape[0]
+
+    def neuron(self, layer: int, index: int) -> Neuron:
+        """One neuron. Raises JaxplainError where the store does not hold it."""
+        place = []
+        for what, value, axis in (("layer", layer, self.layers), ("neuron", index, self.neurons)):
+            at = int(np.searchsorted(axis, value))
+            if at == len(axis) or axis[at] != value:
+                raise JaxplainError(
+                    f"{what} {value} is not in the store, which holds {len(axis)} {what}s from "
+                    f"{axis[0]} to {axis[-1]}."
+                )
+            place.append(at)
+        neuron = Neuron(self, layer, index, (place[0], place[1]))
+        if neuron.stats.count < 0:
+            raise JaxplainError(f"neuron {index} of layer {layer} was not among those extracted.")
+        return neuron
+
+    def sequences(self, rows: Int[np.ndarray, "N"]) -> dict[str, np.ndarray]:
+        """Rows of the token table: `token` [N, T] (-1 is padding), `corpus`, `document`, `start`, `length`."""
+        names = schema.sequence_arrays(sequences=0, tokens=1)
+        reads = {name: self._array(f"sequences/{name}")[rows].read() for name in names}
+        return {name: np.asarray(read.result()) for name, read in reads.items()}
+
+    def layer_arrays(self, place: int, *names: str) -> list[np.ndarray]:
+        """Whole-layer slices of arrays such as "max/score"; `place` is the layer's place on its axis."""
+        reads = [self._array(name)[place].read() for name in names]
+        return [np.asarray(read.result()) for read in reads]
+
+    def to_xarray(self) -> "xarray.DataTree":
+        """The split as an xarray DataTree of lazily read arrays, in the store's own structure."""
+        import xarray
+
+        return xarray.open_datatree(self.store.zarr_path, engine="zarr", group=self.name, chunks=None)
+
+    @functools.cache  # noqa: B019 - as long-lived as the split itself
+    def _array(self, name: str) -> ts.TensorStore:
+        return self.store._files.open_array(f"{self.name}/{name}")
+
+    def _read(self, names: Mapping[str, str], place: tuple[int, int]) -> dict[str, np.ndarray]:
+        reads = {key: self._array(name)[place].read() for key, name in names.items()}
+        return {key: np.asarray(read.result()) for key, read in reads.items()}
+
+    def _check_kind(self, kind: str) -> None:
+        if kind not in self.kinds:
+            raise JaxplainError(
+                f"the store holds no exemplars of kind {kind!r}; it holds {', '.join(self.kinds)}."
+            )
+
+
+class Store:
+    """A complete store. Index it with a split's name; `attributes` are the root's."""
+
+    def __init__(self, files: Files, attributes: dict[str, Any]):
+        self._files, self.attributes = files, attributes
+        self._splits: dict[str, Split] = {}
+
+    def __repr__(self) -> str:
+        return f"Store({self._files.url!r}, subject {self.attributes['subject']['id']!r}, splits {', '.join(self.splits)})"
+
+    def __getitem__(self, split: str) -> Split:
+        if split not in self.splits:
+            raise JaxplainError(
+                f"the store has no split {split!r}; it has {', '.join(self.splits)}."
+            )
+        if split not in self._splits:
+            self._splits[split] = Split(self, split)
+        return self._splits[split]
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits."""
+        return tuple(self.config["exemplars"]["splits"])
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config of the run that made the store."""
+        return self.attributes["config"]
+
+    @property
+    def corpora(self) -> tuple[str, ...]:
+        """Names of the sources, as `corpus` numbers them."""
+        return tuple(self.attributes["corpora"])
+
+    @property
+    def zarr_path(self) -> str:
+        """Where other Zarr readers find the store: a path, or a URL."""
+        return self._files.url.removeprefix("file://").rstrip("/")
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The bytes of every token id."""
+        text, end = (
+            np.asarray(self._files.open_array(f"vocabulary/{name}").read().result())
+            for name in ("text", "end")
+        )
+        return Vocabulary(text, end)
+
+
+def open_store(path: str | Path) -> Store:
+    """Open a store for reading.
+
+    Args:
+        path: The store, or the run's folder that holds it: a local path, or a gs://, s3:// or
+            http(s):// URL.
+
+    Raises:
+        JaxplainError: There is no store, it is not one of jaxplain's, or it was not completed.
+    """
+    root = None
+    for candidate in (str(path), f"{str(path).rstrip('/')}/{schema.STORE_NAME}"):
+        files = Files(candidate)
+        root = files.read_json("zarr.json")
+        if root is not None:
+            break
+    if root is None:
+        raise JaxplainError(f"there is no store at {path}.")
+    attributes = root.get("attributes", {})
+    if attributes.get("format") != schema.FORMAT:
+        raise JaxplainError(f"{path} is a Zarr group, but not a store of jaxplain's.")
+    if attributes.get("version") != schema.VERSION:
+        raise JaxplainError(
+            f"{path} is a store of version {attributes.get('version')}, and this jaxplain reads "
+            f"version {schema.VERSION}."
+        )
+    if not attributes.get("complete"):
+        raise JaxplainError(
+            f"the store at {path} is incomplete: the run that writes it has not finished; run it to "
+            "the end, or again with --overwrite."
+        )
+    return Store(files, attributes)

@@ -1,0 +1,159 @@
+"""What a store looks like on disk: Zarr v3 groups and arrays, and nothing that depends on jaxplain.
+
+<root>                                   attributes, see `RootAttributes`
+<root>/vocabulary/{text,end}             the bytes of every token, joined, and where each one ends
+<split>/{layer,neuron}                   coordinates: which layers and neurons the axes stand for
+<split>/sequences/token                  every sequence that was seen; its row is its id
+<split>/sequences/{corpus,document,start,length}    where each came from
+<split>/{max,min,random}/{score,sequence,activation}    exemplars, strongest first
+<split>/stats/{count,mean,variance,fraction_active}
+
+Chunks hold whole neurons, so that one neuron is one read; shards keep the number of files low.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+FORMAT = "jaxplain.exemplars"
+VERSION = 1
+STORE_NAME = "exemplars.zarr"
+
+STATISTICS = ("count", "mean", "variance", "fraction_active")
+
+_ROWS_PER_CHUNK = 64
+_CHUNKS_PER_SHARD = 1024
+_NEURONS_PER_CHUNK = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArraySpec:
+    """One Zarr array. `chunk` is what is compressed and read as a whole, `shard` what is one file."""
+
+    dimensions: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    fill: int | float | str
+    chunk: tuple[int, ...]
+    shard: tuple[int, ...]
+
+    def metadata(self) -> dict[str, Any]:
+        """The array's zarr.json."""
+        little = {"name": "bytes", "configuration": {"endian": "little"}}
+        plain = little if self.dtype != "uint8" else {"name": "bytes"}
+        compressed = [plain, {"name": "zstd", "configuration": {"level": 3, "checksum": False}}]
+        sharding = {
+            "chunk_shape": list(self.chunk),
+            "codecs": compressed,
+            "index_codecs": [little, {"name": "crc32c"}],
+            "index_location": "end",
+        }
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": list(self.shape),
+            "data_type": self.dtype,
+            "fill_value": self.fill,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(self.shard)}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+            "dimension_names": list(self.dimensions),
+            "attributes": {},
+        }
+
+
+def group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:
+    """A group's zarr.json."""
+    return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+
+
+def vector(dimension: str, size: int, dtype: str) -> ArraySpec:
+    """A one-dimensional array in one chunk."""
+    shape = (max(size, 1),)
+    return ArraySpec(
+        dimensions=(dimension,), shape=(size,), dtype=dtype, fill=0, chunk=shape, shard=shape
+    )
+
+
+def vocabulary_arrays(*, tokens: int, characters: int) -> dict[str, ArraySpec]:
+    """Token i's bytes are `text[end[i - 1] : end[i]]`."""
+    return {
+        "text": vector("byte", characters, "uint8"),
+        "end": vector("vocabulary", tokens, "int64"),
+    }
+
+
+def sequence_arrays(*, sequences: int, tokens: int) -> dict[str, ArraySpec]:
+    """The token table (int32, -1 where there is no token) and the provenance of its rows."""
+
+    def spec(dtype: str, *tail: int) -> ArraySpec:
+        chunk = (_ROWS_PER_CHUNK if tail else _ROWS_PER_CHUNK * _CHUNKS_PER_SHARD, *tail)
+        return ArraySpec(
+            dimensions=("sequence", "token")[: 1 + len(tail)],
+            shape=(sequences, *tail),
+            dtype=dtype,
+            fill=-1,
+            chunk=chunk,
+            shard=(_ROWS_PER_CHUNK * _CHUNKS_PER_SHARD, *tail),
+        )
+
+    provenance = {"corpus": "int32", "document": "int64", "start": "int32", "length": "int32"}
+    return {"token": spec("int32", tokens)} | {name: spec(d) for name, d in provenance.items()}
+
+
+def kind_arrays(
+    *, layers: int, neurons: int, k: int, tokens: int, activation_dtype: str
+) -> dict[str, ArraySpec]:
+    """Exemplars of one kind. Empty ranks have sequence -1 and NaN elsewhere.
+
+    `score` is the extreme activation itself for max and min, and the drawn number for random.
+    `activation` is NaN at tokens that do not count.
+    """
+    # One neuron's activations are a chunk; 64 MiB or so, and at most a layer, are a shard.
+    bytes_per_neuron = k * tokens * (2 if activation_dtype == "float16" else 4)
+    per_shard = max(1, min(neurons, 2**26 // bytes_per_neuron))
+
+    def ranked(dtype: str, fill: int | str) -> ArraySpec:
+        chunk = (1, min(neurons, _NEURONS_PER_CHUNK), k)
+        shard = (1, math.ceil(neurons / chunk[1]) * chunk[1], k)
+        return ArraySpec(
+            dimensions=("layer", "neuron", "rank"),
+            shape=(layers, neurons, k),
+            dtype=dtype,
+            fill=fill,
+            chunk=chunk,
+            shard=shard,
+        )
+
+    return {
+        "score": ranked("float32", "NaN"),
+        "sequence": ranked("int32", -1),
+        "activation": ArraySpec(
+            dimensions=("layer", "neuron", "rank", "token"),
+            shape=(layers, neurons, k, tokens),
+            dtype=activation_dtype,
+            fill="NaN",
+            chunk=(1, 1, k, tokens),
+            shard=(1, per_shard, k, tokens),
+        ),
+    }
+
+
+def statistics_arrays(*, layers: int, neurons: int) -> dict[str, ArraySpec]:
+    """Statistics over all tokens that count; `count` is -1 where a neuron was not asked for."""
+
+    def spec(dtype: str, fill: int | str) -> ArraySpec:
+        shape = (layers, neurons)
+        return ArraySpec(
+            dimensions=("layer", "neuron"),
+            shape=shape,
+            dtype=dtype,
+            fill=fill,
+            chunk=(1, neurons),
+            shard=shape,
+        )
+
+    return {
+        name: spec("int64", -1) if name == "count" else spec("float32", "NaN")
+        for name in STATISTICS
+    }

@@ -1,0 +1,160 @@
+"""Writing a store. What is written last is the root's `complete`, so a torn store is never taken for one."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+from jaxtyping import Float, Int
+
+from jaxplain.store import schema
+from jaxplain.store.files import Files
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SequenceBlock:
+    """Consecutive rows of a token table; see `schema.sequence_arrays`."""
+
+    token_NT: Int[np.ndarray, "N T"]
+    corpus_N: Int[np.ndarray, "N"]
+    document_N: Int[np.ndarray, "N"]
+    start_N: Int[np.ndarray, "N"]
+    length_N: Int[np.ndarray, "N"]
+
+
+class StoreWriter:
+    """A store in the making. `finish` makes it readable."""
+
+    def __init__(self, path: str | Path, attributes: dict[str, Any]):
+        self._files = Files(path)
+        self._attributes = {"format": schema.FORMAT, "version": schema.VERSION} | attributes
+        self._write_root(complete=False)
+
+    def write_vocabulary(self, tokens: Sequence[bytes]) -> None:
+        """The bytes of every token id, so that readers need no tokenizer."""
+        text = np.frombuffer(b"".join(tokens), np.uint8)
+        end = np.cumsum([len(token) for token in tokens], dtype=np.int64)
+        specs = schema.vocabulary_arrays(tokens=len(tokens), characters=len(text))
+        self._write_group("vocabulary")
+        for name, values in (("text", text), ("end", end)):
+            self._files.create_array(f"vocabulary/{name}", specs[name]).write(values).result()
+
+    def write_sequences(self, split: str, blocks: Iterable[SequenceBlock], *, tokens: int) -> int:
+        """Write a split's token table block by block; the number of its rows."""
+        self._write_group(split)
+        self._write_group(f"{split}/sequences")
+        specs = schema.sequence_arrays(sequences=0, tokens=tokens)
+        arrays = {
+            name: self._files.create_array(f"{split}/sequences/{name}", spec)
+            for name, spec in specs.items()
+        }
+        rows = 0
+        for block in blocks:
+            stop = rows + len(block.corpus_N)
+            for name, array in arrays.items():
+                values = getattr(block, "token_NT" if name == "token" else f"{name}_N")
+                array = array.resize(exclusive_max=[stop, *array.shape[1:]]).result()
+                array[rows:stop].write(values).result()
+                arrays[name] = array
+            rows = stop
+        return rows
+
+    def read_sequences(self, split: str) -> dict[str, ts.TensorStore]:
+        """The arrays of a split's token table, for reading by row."""
+        names = schema.sequence_arrays(sequences=0, tokens=1)
+        return {name: self._files.open_array(f"{split}/sequences/{name}") for name in names}
+
+    def create_split(
+        self,
+        split: str,
+        *,
+        layers: Int[np.ndarray, "L"],
+        neurons: Int[np.ndarray, "F"],
+        kinds: Sequence[str],
+        k: int,
+        tokens: int,
+        activation_dtype: str,
+    ) -> "SplitWriter":
+        """Make the split's empty arrays for exemplars and statistics."""
+        for name, values in (("layer", layers), ("neuron", neurons)):
+            spec = schema.vector(name, len(values), "int32")
+            array = self._files.create_array(f"{split}/{name}", spec)
+            array.write(np.asarray(values, np.int32)).result()
+        sizes = {"layers": len(layers), "neurons": len(neurons)}
+        groups = {"stats": schema.statistics_arrays(**sizes)}
+        for kind in kinds:
+            groups[kind] = schema.kind_arrays(
+                **sizes, k=k, tokens=tokens, activation_dtype=activation_dtype
+            )
+        arrays = {}
+        for group, specs in groups.items():
+            self._write_group(f"{split}/{group}")
+            for name, spec in specs.items():
+                arrays[f"{group}/{name}"] = self._files.create_array(f"{split}/{group}/{name}", spec)
+        return SplitWriter(arrays)
+
+    def finish(self) -> None:
+        """Mark the store complete."""
+        self._write_root(complete=True)
+
+    def _write_root(self, *, complete: bool) -> None:
+        metadata = schema.group_metadata(self._attributes | {"complete": complete})
+        self._files.write_json("zarr.json", metadata)
+
+    def _write_group(self, name: str) -> None:
+        self._files.write_json(f"{name}/zarr.json", schema.group_metadata({}))
+
+
+class SplitWriter:
+    """The exemplars and statistics of one split, written layer by layer."""
+
+    def __init__(self, arrays: dict[str, ts.TensorStore]):
+        self._arrays = arrays
+
+    def write_exemplars(
+        self,
+        kind: str,
+        layer: int,
+        columns: Int[np.ndarray, "N"],
+        *,
+        score_NR: Float[np.ndarray, "N R"],
+        sequence_NR: Int[np.ndarray, "N R"],
+        activation_NRT: Float[np.ndarray, "N R T"],
+    ) -> None:
+        """Write one layer's exemplars of one kind; `layer` and `columns` are places on the axes."""
+        values = {"score": score_NR, "sequence": sequence_NR, "activation": activation_NRT}
+        writes = [
+            self._arrays[f"{kind}/{name}"][layer, columns].write(array)
+            for name, array in values.items()
+        ]
+        for write in writes:
+            write.result()
+
+    def write_statistics(
+        self, layer: int, columns: Int[np.ndarray, "N"], **values_N: np.ndarray
+    ) -> None:
+        """Write one layer's statistics, by the names in `schema.STATISTICS`."""
+        for name in schema.STATISTICS:
+            array = self._arrays[f"stats/{name}"]
+            array[layer, columns].write(values_N[name].astype(array.dtype.numpy_dtype)).result()
+
+
+def blocks_of(rows: Iterable[SequenceBlock], size: int) -> Iterator[SequenceBlock]:
+    """Join single rows into blocks of up to `size`."""
+    held: list[SequenceBlock] = []
+    for row in rows:
+        held.append(row)
+        if len(held) == size:
+            yield _join(held)
+            held = []
+    if held:
+        yield _join(held)
+
+
+def _join(blocks: Sequence[SequenceBlock]) -> SequenceBlock:
+    fields = [field.name for field in dataclasses.fields(SequenceBlock)]
+    return SequenceBlock(
+        **{name: np.concatenate([getattr(block, name) for block in blocks]) for name in fields}
+    )

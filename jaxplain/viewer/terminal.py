@@ -1,0 +1,68 @@
+"""Neurons in a terminal: excerpts with the activating tokens highlighted."""
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.style import Style
+from rich.text import Text
+
+from jaxplain.store.reader import Exemplar, Neuron, Store
+
+_BACKGROUNDS = {1: ("#3d2b00", "#7a5500", "#b87f00", "#ffb000"), -1: ("#14264d", "#24458c", "#3465cc", "#5c8eff")}
+_TOKENS_AROUND_PEAK = 12
+
+
+def print_neuron(neuron: Neuron, console: Console, *, kind: str = "max", limit: int = 5) -> None:
+    """A neuron's statistics and its strongest excerpts of a kind."""
+    stats = neuron.stats
+    console.print(
+        f"[bold]layer {neuron.layer}, neuron {neuron.index}[/bold] "
+        f"[dim]{neuron.split.name}, {kind}; over {stats.count:,} tokens: mean {stats.mean:.3f}, "
+        f"deviation {stats.variance**0.5:.3f}, above zero {stats.fraction_active:.1%}[/dim]",
+        highlight=False,
+    )
+    for exemplar in neuron.exemplars(kind, limit=limit):
+        console.print(_excerpt(exemplar, sign=-1 if kind == "min" else 1), soft_wrap=True)
+
+
+def print_sample(store: Store, console: Console, *, neurons: int = 3, limit: int = 4) -> None:
+    """A few neurons that stand out: those whose exemplars lie furthest above their own mean."""
+    split = store[store.splits[0]]
+    kind = "max" if "max" in split.kinds else split.kinds[0]
+    console.print(f"\n[bold]{escape(repr(split))}[/bold]\n", highlight=False)
+    layers = np.unique(np.linspace(0, len(split.layers) - 1, neurons + 2)[1:-1].round().astype(int))
+    for place in layers:
+        column = _most_peaked(store, split.name, kind, int(place))
+        neuron = split.neuron(int(split.layers[place]), int(split.neurons[column]))
+        print_neuron(neuron, console, kind=kind, limit=limit)
+        console.print()
+
+
+def _most_peaked(store: Store, split: str, kind: str, place: int) -> int:
+    scores_FR, mean_F, variance_F = store[split].layer_arrays(
+        place, f"{kind}/score", "stats/mean", "stats/variance"
+    )
+    with np.errstate(invalid="ignore", divide="ignore"):
+        heights_F = np.abs(np.nanmedian(scores_FR, axis=1) - mean_F) / np.sqrt(variance_F)
+    return int(np.nanargmax(np.where(np.isfinite(heights_F), heights_F, -1)))
+
+
+def _excerpt(exemplar: Exemplar, *, sign: int) -> Text:
+    """The tokens around the peak; the stronger the activation, the brighter the background."""
+    strength_T = np.nan_to_num(sign * exemplar.activations, nan=0.0)
+    peak = int(np.argmax(strength_T))
+    text = Text(f"{exemplar.score:8.2f}  ", style="bold")
+    shades = _BACKGROUNDS[sign]
+    for i in range(max(0, peak - _TOKENS_AROUND_PEAK), min(len(strength_T), peak + _TOKENS_AROUND_PEAK // 2)):
+        share = strength_T[i] / strength_T[peak] if strength_T[peak] > 0 else 0.0
+        style = Style()
+        if share > 0.2:
+            style = Style(bgcolor=shades[min(int(share * len(shades)), len(shades) - 1)], color="white", bold=i == peak)
+        text.append(_visible(exemplar.token_strings[i]), style)
+    return text
+
+
+def _visible(token: str) -> str:
+    """The token on one line, without characters that would move the cursor."""
+    token = token.replace("\n", "\u23ce").replace("\t", "\u21e5")
+    return "".join(c if c.isprintable() else "\u00b7" for c in token)
