@@ -1,6 +1,6 @@
 """From partial top-k states, one per data shard, to the one answer that the store keeps."""
 
-import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jaxplain.exemplars.reduction import LayerReduction
+from jaxplain.exemplars.reduction import LayerReduction, partition_specs
 from jaxplain.exemplars.topk import EMPTY, TopK
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ranked:
+class Ranked(NamedTuple):
     """A layer's exemplars of one kind, strongest first, ties by sequence id.
 
     Empty ranks have priority -inf and sequence -1; tokens that do not count are NaN.
@@ -35,19 +33,10 @@ def merge_partials(reduction: LayerReduction, mesh: Mesh) -> dict[str, Ranked]:
 
 
 def _merge(top: TopK, *, mesh: Mesh) -> Ranked:
-    shared = top.priority_RG.shape[-1] == 1
-    ranked = P("data", None, None if shared else "model")
     merge = jax.shard_map(
         _merge_shard,
         mesh=mesh,
-        in_specs=(
-            TopK(
-                priority_RG=ranked,
-                sequence_RG=ranked,
-                slot_RG=ranked,
-                activation_FRT=P("data", "model"),
-            ),  # pyright: ignore[reportArgumentType]
-        ),
+        in_specs=(partition_specs(top),),
         out_specs=P("model"),
         check_vma=False,
     )

@@ -1,10 +1,11 @@
 """Running statistics of every neuron over all tokens that count: count, mean, variance, fraction active.
 
-Batches are folded in as sums about the running mean, and parts are merged by the pairwise rule of
+Each batch is summed about its own mean and merged into what came before by the pairwise rule of
 Chan, Golub & LeVeque (1979), so that float32 does not cancel.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +13,16 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Moments:
-    """`deviation_F` is the sum of squared deviations from the mean; counts are of tokens."""
+class Moments(NamedTuple):
+    """`deviation_F` is the sum of squared deviations from the mean; counts are of tokens.
 
-    count: UInt[Array, ""]
-    mean_F: Float[Array, "F"]
-    deviation_F: Float[Array, "F"]
-    active_F: UInt[Array, "F"]
+    In a `reduction.LayerReduction` the arrays have a leading axis P of data shards.
+    """
+
+    count: UInt[Array, "*P"]
+    mean_F: Float[Array, "*P F"]
+    deviation_F: Float[Array, "*P F"]
+    active_F: UInt[Array, "*P F"]
 
 
 def empty_moments(*, neurons: int) -> Moments:
@@ -39,18 +41,24 @@ def update_moments(
     """Fold a batch in; a token is active where its activation is above zero."""
     # Weighted sums as matrix products: on a CPU several times faster than masked reductions.
     weight_BT = counted_BT.astype(jnp.float32)
-    shifted_BTF = acts_BTF.astype(jnp.float32) - moments.mean_F
-    sum_F = jnp.einsum("BT,BTF->F", weight_BT, shifted_BTF)
-    squares_F = jnp.einsum("BT,BTF->F", weight_BT, jnp.square(shifted_BTF))
-    active_F = jnp.einsum("BT,BTF->F", weight_BT, (acts_BTF > 0).astype(jnp.float32))
 
-    count = moments.count + counted_BT.sum(dtype=jnp.uint32)
-    step_F = sum_F / jnp.maximum(count, 1).astype(jnp.float32)
+    def weighted_sum(x_BTF: Array) -> Array:
+        return jnp.einsum("BT,BTF->F", weight_BT, x_BTF, precision="highest")
+
+    acts_BTF = acts_BTF.astype(jnp.float32)
+    here = counted_BT.sum(dtype=jnp.uint32)
+    count = moments.count + here
+    mean_here_F = weighted_sum(acts_BTF) / jnp.maximum(here, 1).astype(jnp.float32)
+    shift_F = mean_here_F - moments.mean_F
+    share_here = here.astype(jnp.float32) / jnp.maximum(count, 1).astype(jnp.float32)
     return Moments(
         count=count,
-        mean_F=moments.mean_F + step_F,
-        deviation_F=moments.deviation_F + squares_F - sum_F * step_F,
-        active_F=moments.active_F + active_F.astype(jnp.uint32),
+        mean_F=moments.mean_F + shift_F * share_here,
+        deviation_F=moments.deviation_F
+        + weighted_sum(jnp.square(acts_BTF - mean_here_F[None, None]))
+        + jnp.square(shift_F) * share_here * moments.count.astype(jnp.float32),
+        active_F=moments.active_F
+        + weighted_sum((acts_BTF > 0).astype(jnp.float32)).astype(jnp.uint32),
     )
 
 

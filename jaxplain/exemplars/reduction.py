@@ -9,7 +9,7 @@ leading axis P, so that a step moves nothing between data shards. `merging` join
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,18 +25,14 @@ Kind = Literal["max", "min", "random"]
 KINDS: tuple[Kind, ...] = ("max", "min", "random")
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerReduction:
+class LayerReduction(NamedTuple):
     """One layer's running answer; every array has a leading axis P of data shards."""
 
     tops: dict[Kind, TopK]
     moments: Moments
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rows:
+class Rows(NamedTuple):
     """A batch of token-table rows.
 
     `tokens_BT` is -1 where there is no token; a whole row of -1 pads an uneven batch.
@@ -65,33 +61,30 @@ class Fold:
             acts_BTF = acts_BTF[:, :, self.neurons]
         # Written once and read by every reduction, rather than computed again in each.
         acts_BTF = lax.optimization_barrier(acts_BTF)
+        specs = partition_specs(self.reduction)
         update = jax.shard_map(
             _update_shard,
             mesh=self.mesh,
-            in_specs=(reduction_specs(self.reduction), P("data"), P("data", None, "model")),
-            out_specs=reduction_specs(self.reduction),
+            in_specs=(specs, P("data"), P("data", None, "model")),
+            out_specs=specs,
             check_vma=False,
         )
         return dataclasses.replace(self, reduction=update(self.reduction, self.rows, acts_BTF))
 
 
-def reduction_specs(reduction: LayerReduction) -> LayerReduction:
-    """How every array of a reduction lies on the mesh, in the same structure."""
+def partition_specs(tree: Any) -> Any:
+    """How the arrays of a reduction, or of a part of one, lie on the mesh, in the same structure."""
 
-    def topk_specs(top: TopK) -> TopK:
-        ranked = P("data", None, "model" if top.priority_RG.shape[-1] > 1 else None)
-        return TopK(
-            priority_RG=ranked,
-            sequence_RG=ranked,
-            slot_RG=ranked,
-            activation_FRT=P("data", "model"),
-        )  # pyright: ignore[reportArgumentType]
+    def spec(path: tuple[Any, ...], array: Any) -> P:
+        match path[-1].name:
+            case "priority_RG" | "sequence_RG" | "slot_RG":
+                return P("data", None, None if array.shape[-1] == 1 else "model")
+            case "count":
+                return P("data")
+            case _:
+                return P("data", "model")
 
-    neurons = P("data", "model")
-    return LayerReduction(
-        tops={kind: topk_specs(top) for kind, top in reduction.tops.items()},
-        moments=Moments(count=P("data"), mean_F=neurons, deviation_F=neurons, active_F=neurons),  # pyright: ignore[reportArgumentType]
-    )
+    return jax.tree_util.tree_map_with_path(spec, tree)
 
 
 def empty_reduction(
@@ -116,9 +109,8 @@ def empty_reduction(
         parts = mesh.shape["data"]
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (parts, *x.shape)), shard)
 
-    specs = reduction_specs(jax.eval_shape(build))
     shardings = jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)
+        lambda spec: NamedSharding(mesh, spec), partition_specs(jax.eval_shape(build))
     )
     return jax.jit(build, out_shardings=shardings)()
 

@@ -9,7 +9,7 @@ kept sorted by insertion, and only the activations of a sequence that enters are
 the slot of the one that it pushes out. Nothing here communicates between devices.
 """
 
-import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +23,18 @@ _ROWS_PER_COPY = 128
 """Rows copied at once: large enough for an accelerator, small enough that few copies are idle."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TopK:
+class TopK(NamedTuple):
     """The running answer. G is F, or 1 where all neurons share one priority.
 
     Rank r of group g lies in slot `slot_RG[r, g]` of `activation_FRT`. Ranks are always sorted,
-    strongest first, equal priorities by sequence id.
+    strongest first, equal priorities by sequence id. In a `reduction.LayerReduction` the arrays
+    have a leading axis P of data shards.
     """
 
-    priority_RG: Float[Array, "R G"]
-    sequence_RG: Int[Array, "R G"]
-    slot_RG: Int[Array, "R G"]
-    activation_FRT: Float[Array, "F R T"]
+    priority_RG: Float[Array, "*P R G"]
+    sequence_RG: Int[Array, "*P R G"]
+    slot_RG: Int[Array, "*P R G"]
+    activation_FRT: Float[Array, "*P F R T"]
 
 
 def empty_topk(*, groups: int, neurons: int, k: int, tokens: int, dtype: jnp.dtype) -> TopK:

@@ -33,24 +33,32 @@ class Exemplar:
         score: The highest activation for kind max, the lowest for min; the drawn number for random.
         sequence: The sequence's row in the split's token table.
         tokens: Token ids without padding, int32 [T].
-        token_strings: Each token's text. A token with part of a character shows U+FFFD.
         activations: The neuron's activation at each token, float32 [T]; NaN where a token does not count.
         corpus: Name of the source.
         document: Hash of the document in which the sequence begins, the same in every run.
         start: Number of that document's tokens that come before the sequence.
-        text: The whole sequence as text.
+        vocabulary: The bytes of every token id.
     """
 
     rank: int
     score: float
     sequence: int
     tokens: Int[np.ndarray, "T"]
-    token_strings: list[str]
     activations: Float[np.ndarray, "T"]
     corpus: str
     document: int
     start: int
-    text: str
+    vocabulary: "Vocabulary" = dataclasses.field(repr=False)
+
+    @property
+    def token_strings(self) -> list[str]:
+        """Each token's text by itself. A token that holds part of a character shows U+FFFD."""
+        return self.vocabulary.strings(self.tokens)
+
+    @property
+    def text(self) -> str:
+        """The whole sequence as text."""
+        return self.vocabulary.text(self.tokens)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,12 +137,11 @@ class Neuron:
                     score=float(read["score"][rank]),
                     sequence=int(sequence),
                     tokens=tokens,
-                    token_strings=vocabulary.strings(tokens),
                     activations=read["activation"][rank, : len(tokens)].astype(np.float32),
                     corpus=split.store.corpora[rows["corpus"][rank]],
                     document=int(rows["document"][rank]),
                     start=int(rows["start"][rank]),
-                    text=vocabulary.text(tokens),
+                    vocabulary=vocabulary,
                 )
             )
         return found

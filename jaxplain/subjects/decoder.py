@@ -59,7 +59,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         x = x_BTD.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return self.scale_D[...] * x.astype(x_BTD.dtype)
+        return self.scale_D[...][None, None] * x.astype(x_BTD.dtype)
 
 
 class Attention(nnx.Module):

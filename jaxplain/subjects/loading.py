@@ -51,15 +51,15 @@ def load_decoder(
         )
     )
     abstract = nnx.state(model)
-    parameters = {".".join(map(str, path)): value for path, value in abstract.flat_state()}
+    parameters = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(abstract)}
     with _open_checkpoint(folder) as checkpoint:
         plan = _match(checkpoint, family, arch, parameters)
         loaded = {
             target: _load(checkpoint[weight.source], weight, parameters[target], mesh, dtype)
             for target, weight in plan.items()
         }
-    for path, variable in abstract.flat_state():
-        variable.set_value(loaded[".".join(map(str, path))])
+    for target, variable in parameters.items():
+        variable.set_value(loaded[target])
     nnx.update(model, abstract)
     return model
 

@@ -1,0 +1,164 @@
+"""The sharded reduction against brute force, over shapes, meshes, batch sizes, masks and ties."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType
+
+from jaxplain.exemplars.merging import merge_partials
+from jaxplain.exemplars.moments import merge_moments
+from jaxplain.exemplars.reduction import KINDS, Fold, Rows, empty_reduction
+from tests import oracle
+
+MESHES = [(1, 1), (8, 1), (1, 8), (2, 4), (4, 2)]
+
+
+def make_mesh(data, model):
+    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[: data * model])
+
+
+@jax.jit
+def fold_batch(fold, acts_BTF):
+    return fold.fold(acts_BTF).reduction
+
+
+def reduce(acts_NTF, counted_NT, lottery_N, *, k, batch, mesh, indices=None):
+    """All batches through the real reduction, the last one padded; then the merged answer."""
+    sequences, tokens, neurons = acts_NTF.shape
+    kept = neurons if indices is None else len(indices)
+    reduction = empty_reduction(
+        kinds=KINDS, neurons=kept, k=k, tokens=tokens, dtype=jnp.dtype("float16"), mesh=mesh
+    )
+    for start in range(0, sequences, batch):
+        stop = min(start + batch, sequences)
+        pad = batch - (stop - start)
+        rows = Rows(
+            tokens_BT=jnp.zeros((batch, tokens), jnp.int32),
+            counted_BT=jnp.asarray(np.pad(counted_NT[start:stop], [(0, pad), (0, 0)])),
+            sequence_B=jnp.arange(start, start + batch, dtype=jnp.int32),
+            lottery_B=jnp.asarray(np.pad(lottery_N[start:stop], (0, pad))),
+        )
+        # Padding rows are full of huge activations, which must not count.
+        acts_BTF = np.pad(acts_NTF[start:stop], [(0, pad), (0, 0), (0, 0)], constant_values=1e4)
+        fold = Fold(reduction=reduction, rows=rows, neurons=indices, mesh=mesh)
+        reduction = fold_batch(fold, jnp.asarray(acts_BTF))
+    return merge_partials(reduction, mesh), merge_moments(reduction.moments)
+
+
+def assert_equals_oracle(result, acts_NTF, counted_NT, lottery_N, k):
+    ranked, statistics = result
+    for kind in KINDS:
+        score, sequence, activation = oracle.exemplars(acts_NTF, counted_NT, kind, k, lottery_N)
+        found = np.asarray(ranked[kind].priority_FR)
+        found = np.where(np.isfinite(found), -found if kind == "min" else found, np.nan)
+        np.testing.assert_array_equal(np.asarray(ranked[kind].sequence_FR), sequence, kind)
+        np.testing.assert_array_equal(found, score, kind)
+        np.testing.assert_array_equal(np.asarray(ranked[kind].activation_FRT), activation, kind)
+    count, mean, variance, active = oracle.statistics(acts_NTF, counted_NT)
+    np.testing.assert_array_equal(statistics.count_F, count)
+    np.testing.assert_allclose(statistics.mean_F, mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(statistics.variance_F, variance, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(statistics.fraction_active_F, active, rtol=1e-6)
+
+
+def draw(seed, sequences, tokens, neurons, *, levels=None, share_counted=0.8):
+    """Random activations; with few `levels`, most priorities are ties."""
+    rng = np.random.default_rng(seed)
+    if levels is None:
+        acts_NTF = rng.standard_normal((sequences, tokens, neurons)).astype(np.float32)
+    else:
+        acts_NTF = rng.integers(-levels, levels + 1, (sequences, tokens, neurons)).astype(np.float32)
+    counted_NT = rng.random((sequences, tokens)) < share_counted
+    lottery_N = rng.permutation(sequences).astype(np.float32) + 1
+    return acts_NTF, counted_NT, lottery_N
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_equals_oracle_on_every_mesh(shape):
+    acts = draw(0, 51, 7, 16)
+    result = reduce(*acts, k=6, batch=8, mesh=make_mesh(*shape))
+    assert_equals_oracle(result, *acts, 6)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_ties_go_to_the_lower_sequence_on_every_mesh(shape):
+    acts = draw(1, 43, 5, 8, levels=1)
+    result = reduce(*acts, k=5, batch=16, mesh=make_mesh(*shape))
+    assert_equals_oracle(result, *acts, 5)
+
+
+def test_all_equal_activations_keep_the_first_sequences():
+    acts_NTF = np.full((20, 3, 4), 0.5, np.float32)
+    acts = (acts_NTF, np.ones((20, 3), bool), np.ones(20, np.float32))
+    ranked, _ = result = reduce(*acts, k=4, batch=8, mesh=make_mesh(2, 2))
+    assert_equals_oracle(result, *acts, 4)
+    assert np.asarray(ranked["max"].sequence_FR).tolist() == [[0, 1, 2, 3]] * 4
+
+
+def test_fewer_sequences_than_k_leaves_empty_ranks():
+    acts = draw(2, 3, 4, 8)
+    ranked, _ = result = reduce(*acts, k=10, batch=8, mesh=make_mesh(8, 1))
+    assert_equals_oracle(result, *acts, 10)
+    assert (np.asarray(ranked["random"].sequence_FR)[:, 3:] == -1).all()
+
+
+def test_every_token_masked_keeps_nothing():
+    acts_NTF, counted_NT, lottery_N = draw(3, 9, 4, 8, share_counted=0.0)
+    ranked, statistics = reduce(
+        acts_NTF, counted_NT, lottery_N, k=3, batch=4, mesh=make_mesh(2, 4)
+    )
+    assert all((np.asarray(r.sequence_FR) == -1).all() for r in ranked.values())
+    assert (statistics.count_F == 0).all()
+    assert np.isnan(statistics.mean_F).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4)])
+def test_chosen_neurons_only(shape):
+    acts_NTF, counted_NT, lottery_N = draw(4, 21, 5, 16)
+    indices = jnp.asarray([2, 3, 5, 11], jnp.int32)
+    result = reduce(
+        acts_NTF, counted_NT, lottery_N, k=4, batch=8, mesh=make_mesh(*shape), indices=indices
+    )
+    assert_equals_oracle(result, acts_NTF[:, :, np.asarray(indices)], counted_NT, lottery_N, 4)
+
+
+def test_more_neurons_than_one_copy_block():
+    acts = draw(5, 12, 3, 300)
+    assert_equals_oracle(reduce(*acts, k=3, batch=4, mesh=make_mesh(1, 1)), *acts, 3)
+
+
+def test_float16_saturates_and_score_stays_exact():
+    acts_NTF = np.full((1, 2, 1), 1e6, np.float32)
+    mesh = make_mesh(1, 1)
+    ranked, _ = reduce(acts_NTF, np.ones((1, 2), bool), np.ones(1, np.float32), k=1, batch=1, mesh=mesh)
+    assert float(ranked["max"].priority_FR[0, 0]) == 1e6
+    assert float(ranked["max"].activation_FRT[0, 0, 0]) == np.finfo(np.float16).max
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    sequences=st.integers(1, 24),
+    tokens=st.integers(1, 6),
+    neurons=st.integers(1, 5),
+    k=st.integers(1, 9),
+    batch=st.integers(1, 9),
+    levels=st.sampled_from([None, 0, 1, 3]),
+    share_counted=st.sampled_from([0.2, 0.7, 1.0]),
+)
+def test_any_shape_equals_oracle(seed, sequences, tokens, neurons, k, batch, levels, share_counted):
+    acts = draw(seed, sequences, tokens, neurons, levels=levels, share_counted=share_counted)
+    assert_equals_oracle(reduce(*acts, k=k, batch=batch, mesh=make_mesh(1, 1)), *acts, k)
+
+
+def test_statistics_survive_a_large_mean():
+    rng = np.random.default_rng(6)
+    acts_NTF = (1000 + rng.standard_normal((64, 8, 2))).astype(np.float32)
+    counted_NT = np.ones((64, 8), bool)
+    _, statistics = reduce(acts_NTF, counted_NT, np.ones(64, np.float32), k=1, batch=4, mesh=make_mesh(1, 1))
+    _, mean, variance, _ = oracle.statistics(acts_NTF, counted_NT)
+    np.testing.assert_allclose(statistics.mean_F, mean, rtol=1e-6)
+    np.testing.assert_allclose(statistics.variance_F, variance, rtol=1e-3)

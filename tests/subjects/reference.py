@@ -1,0 +1,58 @@
+"""The reference: Hugging Face's torch implementation, hooked at every layer's down projection.
+
+    python -m tests.subjects.reference      rewrites tests/golden (needs torch)
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from tests import tiny
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+TOKENS_BT = np.random.default_rng(7).integers(0, 384, (2, 40))
+SMOLLM2_TEXT = "The river froze early that winter, and by December 1,204 people had walked across it."
+SMOLLM2_NEURONS = slice(None, None, 24)
+
+
+def torch_activations(folder, tokens_BT, *, double=False):
+    """MLP activations of every layer [L, B, T, F] and logits [B, T, V], computed in float32 or float64."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64 if double else torch.float32).eval()
+    found = []
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(
+            lambda module, inputs: found.append(inputs[0].numpy())
+        )
+    with torch.no_grad():
+        logits = model(torch.as_tensor(tokens_BT)).logits.numpy()
+    return np.stack(found), logits
+
+
+def main():
+    from jaxplain.subjects.packaged import packaged_folder
+    from transformers import AutoTokenizer
+
+    for name, config in tiny.VARIANTS.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = tiny.write_model(Path(scratch), config)
+            acts, logits = torch_activations(folder, TOKENS_BT)
+            np.savez_compressed(GOLDEN / f"{name}.npz", acts=acts, logits=logits[:, -3:])
+            print(name, acts.shape, file=sys.stderr)
+    folder = packaged_folder("smollm2-135m-instruct")
+    tokens_BT = np.array([AutoTokenizer.from_pretrained(folder)(SMOLLM2_TEXT)["input_ids"]])
+    acts, _ = torch_activations(folder, tokens_BT)
+    np.savez_compressed(
+        GOLDEN / "smollm2-135m-instruct.npz",
+        tokens=tokens_BT,
+        acts=acts[..., SMOLLM2_NEURONS],
+        largest=np.abs(acts).max((1, 2, 3)),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Checkpoints and configs: what is read, how it is laid out, and what is refused."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxplain.configs import SubjectConfig
+from jaxplain.errors import JaxplainError
+from jaxplain.subjects.subject import open_subject
+from jaxplain.subjects.vocabulary import token_bytes
+from tests import tiny
+from tests.subjects.test_decoder import make_mesh, sown_activations
+
+
+def load(folder, **options):
+    return open_subject(SubjectConfig(id=str(folder))).load(make_mesh(), **options)
+
+
+def test_sharded_checkpoint_equals_single_file(tmp_path):
+    tokens_BT = np.arange(10)[None]
+    single, _ = sown_activations(tiny.write_model(tmp_path / "a"), tokens_BT, make_mesh())
+    sharded, _ = sown_activations(tiny.write_model(tmp_path / "b", shards=3), tokens_BT, make_mesh())
+    np.testing.assert_array_equal(single, sharded)
+
+
+def test_weights_are_spread_over_the_model_axis(tmp_path):
+    subject = open_subject(SubjectConfig(id=str(tiny.write_model(tmp_path))))
+    state = nnx.state(subject.load(make_mesh(2, 4)))
+    query = state["layers"][0]["attention"]["query_DHC"].get_value()
+    up = state["layers"][0]["mlp"]["up_DF"].get_value()
+    key = state["layers"][0]["attention"]["key_DKC"].get_value()
+    assert query.addressable_shards[0].data.shape == (32, 1, 8)
+    assert up.addressable_shards[0].data.shape == (32, 12)
+    assert key.sharding.is_fully_replicated, "two heads do not divide by four"
+
+
+def test_only_the_layers_asked_for_are_loaded(tmp_path):
+    model = load(tiny.write_model(tmp_path), depth=2)
+    assert len(model.layers) == 2
+    assert model.head is None
+
+
+def test_head_needs_all_layers(tmp_path):
+    with pytest.raises(ValueError, match="all layers"):
+        load(tiny.write_model(tmp_path), depth=2, with_head=True).logits(jnp.zeros((1, 2), jnp.int32))
+
+
+def test_every_byte_of_a_document_is_in_the_vocabulary(tmp_path):
+    subject = open_subject(SubjectConfig(id=str(tiny.write_model(tmp_path))))
+    text = "a naïve 東京 \t\n🙂<|end|>"
+    table = token_bytes(subject.tokenizer, subject.arch.vocabulary)
+    ids = subject.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert b"".join(table[i] for i in ids) == text.encode()
+    assert len(table) == subject.arch.vocabulary
+
+
+def test_sentencepiece_bytes_and_spaces(tmp_path):
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(vocab={"<unk>": 0, "\u2581the": 1, "<0xE6>": 2, "s": 3}, merges=[]))
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert token_bytes(tokenizer, 5) == [b"<unk>", b" the", b"\xe6", b"s", b""]
+
+
+def edited(tmp_path, *, drop=(), add=None, **config):
+    """A tiny model with tensors dropped or replaced, or config attributes changed."""
+    weights = {name: w for name, w in tiny.tensors(tiny.LLAMA).items() if name not in drop}
+    return tiny.write_model(tmp_path, tiny.LLAMA | config, weights=weights | (add or {}))
+
+
+GATE = "model.layers.1.mlp.gate_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"drop": [GATE]}, rf"lacks the tensor {GATE}"),
+        ({"add": {"model.extra": np.zeros(3, np.float32)}}, "tensor model.extra that the model has no"),
+        (
+            {"add": {GATE.replace("weight", "bias"): np.zeros(48, np.float32)}},
+            "gate_proj.bias that the model has no place",
+        ),
+        ({"add": {GATE: np.zeros((47, 32), np.float32)}}, r"shape \(47, 32\) where .* \(48, 32\)"),
+        ({"model_type": "gpt2"}, "architecture 'gpt2' is not supported; supported are llama, mistral"),
+        ({"model_type": "zebra"}, "architecture 'zebra' is not supported"),
+        ({"hidden_act": "tanh"}, "hidden_act = 'tanh' .* known are silu"),
+        ({"clip_qkv": 8.0}, "attribute clip_qkv = 8.0 .* no known meaning"),
+        ({"quantization_config": {"bits": 4}}, "attribute quantization_config"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            "rope_parameters .* rope_type is 'yarn'; known are default",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_refuses_what_it_would_get_wrong(change, message, tmp_path):
+    with pytest.raises(JaxplainError, match=message):
+        load(edited(tmp_path, **change))
+
+
+def test_refuses_a_folder_that_is_no_model(tmp_path):
+    with pytest.raises(JaxplainError, match=r"holds no config\.json"):
+        load(tmp_path)
+
+
+def test_refuses_missing_and_corrupt_weights(tmp_path):
+    folder = tiny.write_model(tmp_path)
+    (folder / "model.safetensors").write_bytes(b"\x00" * 100)
+    with pytest.raises(JaxplainError, match="not a readable safetensors file"):
+        load(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(JaxplainError, match="needs its weights as safetensors"):
+        load(folder)
+
+
+def test_unknown_subject_names_the_choices(monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(JaxplainError, match=r"'nobody/nothing', which is no packaged subject \(smollm2"):
+        open_subject(SubjectConfig(id="nobody/nothing"))
+
+
+def test_hub_snapshot_is_used_and_its_commit_recorded(tmp_path, monkeypatch):
+    """The hub's own client, reading its own cache layout."""
+    import huggingface_hub
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--someone--tiny"
+    tiny.write_model(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    subject = open_subject(SubjectConfig(id="someone/tiny"))
+    assert subject.revision == commit
+    assert subject.arch.layers == 3
+
+
+def test_weight_hash_sees_one_changed_tensor(tmp_path):
+    subject = open_subject(SubjectConfig(id=str(tiny.write_model(tmp_path / "a"))))
+    weights = tiny.tensors(tiny.LLAMA)
+    weights[GATE][0, 0] += 1
+    other = open_subject(SubjectConfig(id=str(tiny.write_model(tmp_path / "b", weights=weights))))
+    assert subject.weight_hash() != other.weight_hash()
+    assert subject.tokenizer_hash() == other.tokenizer_hash()
+
+
+def test_rope_parameters_of_both_spellings(tmp_path):
+    new = {k: v for k, v in tiny.LLAMA.items() if k != "rope_theta"}
+    new |= {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}
+    old = tiny.VARIANTS["llama-rope-linear"]
+    a = open_subject(SubjectConfig(id=str(tiny.write_model(tmp_path / "a", new)))).arch
+    b = open_subject(SubjectConfig(id=str(tiny.write_model(tmp_path / "b", old)))).arch
+    assert a == b
+    assert json.dumps(a.rotary.factor) == "4.0"
+
+
+def test_llama_8b_fits_without_making_it():
+    """Shapes alone: a large model's parameters are described, not allocated."""
+
+    from jaxplain.subjects.architecture import Architecture
+    from jaxplain.subjects.decoder import Decoder
+
+    arch = Architecture(
+        vocabulary=128256, layers=32, width=4096, neurons=14336, query_heads=32,
+        key_value_heads=8, head_width=128, max_positions=131072,
+    )
+    model = nnx.eval_shape(
+        lambda: Decoder(arch, rngs=nnx.Rngs(0), dtype=jnp.dtype("bfloat16"), with_head=True)
+    )
+    count = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
+    assert count == 8_030_261_248
