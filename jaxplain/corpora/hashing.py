@@ -19,7 +19,7 @@ def split_of(document: int, splits: Mapping[str, float]) -> str | None:
     It depends on the id and the shares alone, so that another seed never moves a document from
     the data that is scored to the data that is explained.
     """
-    place = float(_uniform(_mix(np.uint64(document))))
+    place = float(_uniform(_mix(np.array([document], np.uint64)))[0])
     edge = 0.0
     for name, share in splits.items():
         edge += share
@@ -36,17 +36,16 @@ def lottery(
 
     The windows with the highest numbers are a fair sample, whichever run or slice they are seen in.
     """
-    seeded = _mix(np.uint64(seed % 2**64) + np.zeros(len(document_N), np.uint64))
+    seeded = _mix(np.array([seed % 2**64], np.uint64))
     return _uniform(_mix(_mix(seeded ^ document_N.astype(np.uint64)) ^ start_N.astype(np.uint64)))
 
 
-def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea & Flood, 2014)."""
-    with np.errstate(over="ignore"):
-        x = np.asarray(x, np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+def _mix(x: np.ndarray) -> np.ndarray:
+    """A step of SplitMix64 (Steele, Lea & Flood, 2014), of uint64."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def _uniform(bits: np.ndarray) -> np.ndarray:

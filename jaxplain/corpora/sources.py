@@ -3,8 +3,7 @@
 import dataclasses
 import glob
 import json
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import datasets
 from huggingface_hub.errors import HfHubHTTPError
@@ -26,13 +25,22 @@ class Document:
     text: str
 
 
+@runtime_checkable
+class Records(Protocol):
+    """Rows by number, each a mapping from column to value: a `datasets.Dataset`, or a list."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
     """Records with random access, and which column of them to read how."""
 
     name: str
     weight: float
-    records: Sequence[dict[str, Any]]
+    records: Records
     column: str
     layout: Literal["text", "chat"]
 

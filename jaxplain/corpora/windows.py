@@ -168,7 +168,8 @@ class _PackedWindowsIterator(grain.DatasetIterator[Window]):
                 self._joined.pop(0)
 
     def get_state(self) -> dict[str, Any]:
-        return {"parent": self._parent.get_state(), "joined": self._joined, "fresh": self._fresh}
+        joined = [[document, start, list(tokens)] for document, start, tokens in self._joined]
+        return {"parent": self._parent.get_state(), "joined": joined, "fresh": self._fresh}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         self._parent.set_state(state["parent"])
