@@ -7,7 +7,7 @@ import sys
 import textwrap
 import typing
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser
@@ -19,9 +19,7 @@ Config = TypeVar("Config")
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
-_UNKNOWN_KEY = re.compile(
-    r"(?:does not accept option|Option|unrecognized arguments:) '?(?:--)?([\w.]+)"
-)
+_UNKNOWN_KEY = re.compile(r"(?:does not accept option|Option|unrecognized arguments:) '?(?:--)?([\w.]+)")
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -74,11 +72,11 @@ def _one_sentence(message: str, config_class: type) -> str:
     if match := _UNKNOWN_KEY.search(message):
         key = match[1]
         known = list(_known_keys(config_class))
-        same_block = [path for path in known if path.endswith(f".{key}")]
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or difflib.get_close_matches(
-            key.split(".")[-1], [path.split(".")[-1] for path in known], n=1, cutoff=0.5
-        )
-        nearest = (same_block or close or [None])[0]
+        # A key within a list item is reported without its block, so compare last parts too.
+        last_parts = {path.rsplit(".", 1)[-1]: path for path in reversed(known)}
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        close_parts = difflib.get_close_matches(key.rsplit(".", 1)[-1], last_parts, n=1, cutoff=0.5)
+        nearest = close[0] if close else last_parts[close_parts[0]] if close_parts else None
         suggestion = f"; did you mean {nearest}?" if nearest else "; see --help for the known ones."
         return f"unknown config key {key}{suggestion}"
     lines = [line.strip().removesuffix(":") for line in message.strip().splitlines()]
@@ -88,7 +86,7 @@ def _one_sentence(message: str, config_class: type) -> str:
     return text.rstrip(".") + "."
 
 
-def _known_keys(config_class: Any, prefix: str = "") -> typing.Iterator[str]:
+def _known_keys(config_class: Any, prefix: str = "") -> Iterator[str]:
     for name, kind in typing.get_type_hints(config_class).items():
         inner = next((t for t in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(t)), None)
         if inner is None:
@@ -97,7 +95,7 @@ def _known_keys(config_class: Any, prefix: str = "") -> typing.Iterator[str]:
             yield from _known_keys(inner, f"{prefix}{name}.")
 
 
-def _describe_list_items(config_class: Any, prefix: str = "") -> typing.Iterator[str]:
+def _describe_list_items(config_class: Any, prefix: str = "") -> Iterator[str]:
     """Help for the fields of blocks that stand in lists, which the parser itself does not describe."""
     for name, kind in typing.get_type_hints(config_class).items():
         if dataclasses.is_dataclass(kind):

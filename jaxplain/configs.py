@@ -132,14 +132,24 @@ class CorpusConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.sources), "corpus.sources", self.sources, "give at least one source")
-        _require(self.sequence_length >= 2, "corpus.sequence_length", self.sequence_length, "give 2 or more tokens")
+        _require(
+            self.sequence_length >= 2,
+            "corpus.sequence_length",
+            self.sequence_length,
+            "give 2 or more tokens",
+        )
         _require(
             self.stride is None or 1 <= self.stride <= self.sequence_length,
             "corpus.stride",
             self.stride,
             f"give 1 to {self.sequence_length} tokens",
         )
-        _require(self.max_sequences >= 0, "corpus.max_sequences", self.max_sequences, "give 0 for all, or a positive number")
+        _require(
+            self.max_sequences >= 0,
+            "corpus.max_sequences",
+            self.max_sequences,
+            "give 0 for all, or a positive number",
+        )
         shares = self.splits.values()
         _require(
             bool(shares) and min(shares) > 0 and sum(shares) <= 1 + 1e-9,
@@ -178,7 +188,8 @@ class ExemplarsConfig:
 
     Args:
         splits: Which of the corpus's splits to read.
-        kinds: max keeps the sequences with the highest activations, min those with the lowest, random a fair sample.
+        kinds: max keeps the sequences with the highest activations, min those with the lowest, and
+            random a fair sample.
         k: Sequences per neuron, split and kind.
         activation_dtype: Of the stored per-token activations; scores are float32 in any case.
     """
@@ -224,7 +235,12 @@ class RunConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.batch_size >= 1, "run.batch_size", self.batch_size, "give a positive number of sequences")
+        _require(
+            self.batch_size >= 1,
+            "run.batch_size",
+            self.batch_size,
+            "give a positive number of sequences",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

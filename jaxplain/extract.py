@@ -47,9 +47,7 @@ def extract(config: ExtractConfig, *, overwrite: bool = False) -> None:
     """
     path = _join(config.output, STORE_NAME)
     if not overwrite and not Files(path).is_empty():
-        raise JaxplainError(
-            f"{path} exists already; choose another output, or replace it with --overwrite."
-        )
+        raise JaxplainError(f"{path} exists already; choose another output, or replace it with --overwrite.")
     subject = open_subject(config.subject)
     if config.corpus.sequence_length > subject.arch.max_positions:
         raise JaxplainError(
@@ -57,9 +55,7 @@ def extract(config: ExtractConfig, *, overwrite: bool = False) -> None:
             f"most {subject.arch.max_positions} tokens."
         )
     selection = select_neurons(config.neurons, subject.arch)
-    mesh = make_mesh(
-        config.run.mesh, batch_size=config.run.batch_size, mlp_width=subject.arch.neurons
-    )
+    mesh = make_mesh(config.run.mesh, batch_size=config.run.batch_size, mlp_width=subject.arch.neurons)
     sources = [open_source(source, subject.tokenizer) for source in config.corpus.sources]
     step, weights = make_step(subject.load(mesh, depth=selection.depth), mesh)
     extraction = Extraction(
@@ -92,9 +88,7 @@ def _excluded_tokens(config: CorpusConfig, subject: Subject) -> frozenset[int]:
     return frozenset([*special, *config.exclude.tokens])
 
 
-def _attributes(
-    config: ExtractConfig, subject: Subject, sources: Sequence[Source]
-) -> dict[str, object]:
+def _attributes(config: ExtractConfig, subject: Subject, sources: Sequence[Source]) -> dict[str, object]:
     return {
         "config": dataclasses.asdict(config),
         "subject": {

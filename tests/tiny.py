@@ -136,15 +136,31 @@ def write_tokenizer(folder: Path, *, chat=True):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-_WORDS = "the a cat dog house river blue seven walks sees under over quickly naïve déjà 東京 and".split()
+_WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "house",
+    "river",
+    "blue",
+    "seven",
+    "walks",
+    "sees",
+    "under",
+    "over",
+    "quickly",
+    "naïve",
+    "déjà",
+    "東京",
+    "and",
+]
 
 
 def documents(count, *, seed=0):
     """Made-up sentences of different lengths."""
     rng = np.random.default_rng(seed)
-    return [
-        f"{i}: " + " ".join(rng.choice(_WORDS, int(rng.integers(5, 60)))) + "." for i in range(count)
-    ]
+    return [f"{i}: " + " ".join(rng.choice(_WORDS, int(rng.integers(5, 60)))) + "." for i in range(count)]
 
 
 def write_corpus(path: Path, count=60, *, seed=0):

@@ -1,0 +1,1 @@
+"""Text sources, windows of tokens, and the token table."""

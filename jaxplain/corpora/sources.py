@@ -6,6 +6,7 @@ import json
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import datasets
+import datasets.exceptions
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedTokenizerBase
 
@@ -84,9 +85,7 @@ def open_source(config: SourceConfig, tokenizer: PreTrainedTokenizerBase) -> Sou
         )
     if len(records) == 0:
         raise JaxplainError(f"{config.name} holds no documents.")
-    return Source(
-        name=config.name, weight=config.weight, records=records, column=column, layout=layout
-    )
+    return Source(name=config.name, weight=config.weight, records=records, column=column, layout=layout)
 
 
 def _load(config: SourceConfig) -> datasets.Dataset:
@@ -107,7 +106,7 @@ def _load(config: SourceConfig) -> datasets.Dataset:
         options["data_files"] = config.data_files
     try:
         return datasets.load_dataset(
-            config.dataset,
+            str(config.dataset),
             name=config.config,
             split=config.split,
             revision=config.revision,

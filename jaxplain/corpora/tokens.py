@@ -67,9 +67,7 @@ class TokenBatch:
     rows: int
 
 
-def token_batches(
-    table: dict[str, ts.TensorStore], *, batch_size: int, seed: int
-) -> Iterator[TokenBatch]:
+def token_batches(table: dict[str, ts.TensorStore], *, batch_size: int, seed: int) -> Iterator[TokenBatch]:
     """All rows in order, read ahead by Grain."""
     rows = table["token"].shape[0]
 

@@ -54,8 +54,7 @@ def windows_of_split(
     They end when one source has no more, or never began where a source has no document in the split.
     """
     packed = [
-        _packed_windows(source, number, config, split, tokenizer)
-        for number, source in enumerate(sources)
+        _packed_windows(source, number, config, split, tokenizer) for number, source in enumerate(sources)
     ]
     return grain.IterDataset.mix(packed, weights=[source.weight for source in sources])
 
@@ -74,17 +73,19 @@ def _packed_windows(
     split: str,
     tokenizer: PreTrainedTokenizerBase,
 ) -> grain.IterDataset[Window]:
-    separator = [tokenizer.eos_token_id] if config.separator and tokenizer.eos_token_id else []
+    end = tokenizer.eos_token_id
+    separator = [int(end)] if config.separator and end is not None else []
 
     def tokenise(document: Any) -> _TokenisedDocument:
-        tokens = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
-        return _TokenisedDocument(id=document.id, tokens=[*tokens, *separator])
+        encoding = tokenizer(document.text, add_special_tokens=False, verbose=False)
+        tokens = [int(token) for token in encoding["input_ids"]]
+        return _TokenisedDocument(id=document.id, tokens=tokens + separator)
 
     documents = (
-        grain.MapDataset.source(source.records)
+        grain.MapDataset.range(len(source.records))
         .seed(config.seed)
         .shuffle()
-        .map(lambda record: source.document(record, tokenizer))
+        .map(lambda row: source.document(source.records[row], tokenizer))
         .filter(lambda document: bool(document.text) and split_of(document.id, config.splits) == split)
         .map(tokenise)
         .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64))
@@ -138,9 +139,7 @@ class _PackedWindowsIterator(grain.DatasetIterator[Window]):
                 self._fresh += len(document.tokens)
         if self._fresh == 0:
             raise StopIteration
-        text = list(
-            itertools.islice(itertools.chain.from_iterable(t for _, _, t in self._joined), room)
-        )
+        text = list(itertools.islice(itertools.chain.from_iterable(t for _, _, t in self._joined), room))
         document, start, _ = self._joined[0]
         prefix = self._dataset.prefix
         tokens_T = np.full(len(prefix) + room, PADDING, np.int32)

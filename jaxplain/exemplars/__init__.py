@@ -1,0 +1,1 @@
+"""The streaming reductions and the extraction run."""

@@ -41,9 +41,7 @@ class Extraction:
         """Extract a split whose token table is written already."""
         config = self.config
         table = writer.read_sequences(split)
-        batches = token_batches(
-            table, batch_size=config.run.batch_size, seed=config.corpus.seed
-        )
+        batches = token_batches(table, batch_size=config.run.batch_size, seed=config.corpus.seed)
         bar = progress(total=table["token"].shape[0], desc=f"{split}: extract", unit="seq")
         reductions = self._reduce(batches, bar.update)
         bar.close()
@@ -60,9 +58,7 @@ class Extraction:
         self._write(reductions, out, bar.update)
         bar.close()
 
-    def _reduce(
-        self, batches: Iterable[TokenBatch], advance: Callable[[int], Any]
-    ) -> Reductions:
+    def _reduce(self, batches: Iterable[TokenBatch], advance: Callable[[int], Any]) -> Reductions:
         neurons = self._padded_neurons()
         exemplars = self.config.exemplars
         reductions = {
@@ -112,9 +108,7 @@ class Extraction:
             if len(indices) < self.mlp_width
         }
 
-    def _write(
-        self, reductions: Reductions, out: SplitWriter, advance: Callable[[int], Any]
-    ) -> None:
+    def _write(self, reductions: Reductions, out: SplitWriter, advance: Callable[[int], Any]) -> None:
         for place, layer in enumerate(self.selection.layers):
             reduction = reductions.pop(int(layer))
             columns = self.selection.columns(int(layer))

@@ -27,8 +27,7 @@ class Ranked(NamedTuple):
 def merge_partials(reduction: LayerReduction, mesh: Mesh) -> dict[str, Ranked]:
     """Merge a layer's data shards. Only ranks travel in full; of activations just the winners."""
     return {
-        kind: jax.jit(_merge, static_argnames="mesh")(top, mesh=mesh)
-        for kind, top in reduction.tops.items()
+        kind: jax.jit(_merge, static_argnames="mesh")(top, mesh=mesh) for kind, top in reduction.tops.items()
     }
 
 
@@ -64,9 +63,7 @@ def _merge_shard(top: TopK) -> Ranked:
         dimension=0,
         num_keys=2,
     )
-    priority_FR, sequence_FR, owner_FR, slot_FR = (
-        x[:k].T for x in (-priority, sequence, owner, slot)
-    )
+    priority_FR, sequence_FR, owner_FR, slot_FR = (x[:k].T for x in (-priority, sequence, owner, slot))
     mine_FRT = jnp.take_along_axis(top.activation_FRT, slot_FR[:, :, None], axis=1)
     # Every winner has one owner, so adding zeros from the others moves it unchanged.
     mine_FRT = jnp.where((owner_FR == part)[:, :, None], mine_FRT, 0)

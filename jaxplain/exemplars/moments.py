@@ -7,7 +7,6 @@ Chan, Golub & LeVeque (1979), so that float32 does not cancel.
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt
@@ -19,7 +18,7 @@ class Moments(NamedTuple):
     In a `reduction.LayerReduction` the arrays have a leading axis P of data shards.
     """
 
-    count: UInt[Array, "*P"]
+    token_count: UInt[Array, "*P"]
     mean_F: Float[Array, "*P F"]
     deviation_F: Float[Array, "*P F"]
     active_F: UInt[Array, "*P F"]
@@ -28,7 +27,7 @@ class Moments(NamedTuple):
 def empty_moments(*, neurons: int) -> Moments:
     """Moments of no tokens."""
     return Moments(
-        count=jnp.zeros((), jnp.uint32),
+        token_count=jnp.zeros((), jnp.uint32),
         mean_F=jnp.zeros(neurons, jnp.float32),
         deviation_F=jnp.zeros(neurons, jnp.float32),
         active_F=jnp.zeros(neurons, jnp.uint32),
@@ -47,18 +46,17 @@ def update_moments(
 
     acts_BTF = acts_BTF.astype(jnp.float32)
     here = counted_BT.sum(dtype=jnp.uint32)
-    count = moments.count + here
+    count = moments.token_count + here
     mean_here_F = weighted_sum(acts_BTF) / jnp.maximum(here, 1).astype(jnp.float32)
     shift_F = mean_here_F - moments.mean_F
     share_here = here.astype(jnp.float32) / jnp.maximum(count, 1).astype(jnp.float32)
     return Moments(
-        count=count,
+        token_count=count,
         mean_F=moments.mean_F + shift_F * share_here,
         deviation_F=moments.deviation_F
         + weighted_sum(jnp.square(acts_BTF - mean_here_F[None, None]))
-        + jnp.square(shift_F) * share_here * moments.count.astype(jnp.float32),
-        active_F=moments.active_F
-        + weighted_sum((acts_BTF > 0).astype(jnp.float32)).astype(jnp.uint32),
+        + jnp.square(shift_F) * share_here * moments.token_count.astype(jnp.float32),
+        active_F=moments.active_F + weighted_sum((acts_BTF > 0).astype(jnp.float32)).astype(jnp.uint32),
     )
 
 
@@ -77,7 +75,7 @@ class Statistics:
 
 def merge_moments(parts: Moments) -> Statistics:
     """Statistics of the union of parts that are stacked along a leading axis, in float64."""
-    count_P1 = np.asarray(parts.count, np.float64)[:, None]
+    count_P1 = np.asarray(parts.token_count, np.float64)[:, None]
     mean_PF = np.asarray(parts.mean_F, np.float64)
     deviation_PF = np.asarray(parts.deviation_F, np.float64)
     count = count_P1.sum()

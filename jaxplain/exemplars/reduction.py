@@ -79,7 +79,7 @@ def partition_specs(tree: Any) -> Any:
         match path[-1].name:
             case "priority_RG" | "sequence_RG" | "slot_RG":
                 return P("data", None, None if array.shape[-1] == 1 else "model")
-            case "count":
+            case "token_count":
                 return P("data")
             case _:
                 return P("data", "model")
@@ -93,25 +93,21 @@ def empty_reduction(
     """A reduction that has seen nothing, laid out on the mesh. `neurons` divides by axis `model`."""
 
     def build() -> LayerReduction:
-        shard = LayerReduction(
-            tops={
-                kind: empty_topk(
-                    groups=1 if kind == "random" else neurons,
-                    neurons=neurons,
-                    k=k,
-                    tokens=tokens,
-                    dtype=dtype,
-                )
-                for kind in kinds
-            },
-            moments=empty_moments(neurons=neurons),
-        )
+        tops: dict[Kind, TopK] = {
+            kind: empty_topk(
+                groups=1 if kind == "random" else neurons,
+                neurons=neurons,
+                k=k,
+                tokens=tokens,
+                dtype=dtype,
+            )
+            for kind in kinds
+        }
+        shard = LayerReduction(tops=tops, moments=empty_moments(neurons=neurons))
         parts = mesh.shape["data"]
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (parts, *x.shape)), shard)
 
-    shardings = jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec), partition_specs(jax.eval_shape(build))
-    )
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(jax.eval_shape(build)))
     return jax.jit(build, out_shardings=shardings)()
 
 
@@ -123,9 +119,8 @@ def _update_shard(reduction: LayerReduction, rows: Rows, acts_BTF: Array) -> Lay
         acts_BTF=acts_BTF,
         counted_BT=rows.counted_BT,
     )
-    tops = {
-        kind: update(top, _priority_BG(kind, rows, acts_BTF))
-        for kind, top in reduction.tops.items()
+    tops: dict[Kind, TopK] = {
+        kind: update(top, _priority_BG(kind, rows, acts_BTF)) for kind, top in reduction.tops.items()
     }
     moments = update_moments(reduction.moments, acts_BTF, rows.counted_BT)
     return jax.tree.map(lambda x: x[None], LayerReduction(tops=tops, moments=moments))

@@ -44,13 +44,9 @@ def select_neurons(config: NeuronsConfig, arch: Architecture) -> Selection:
         _check("layer", pairs[:, 0], arch.layers, f"neurons.file {config.file}")
         _check("neuron", pairs[:, 1], arch.neurons, f"neurons.file {config.file}")
         layers = np.unique(pairs[:, 0])
-        return Selection(
-            indices={int(layer): np.unique(pairs[pairs[:, 0] == layer, 1]) for layer in layers}
-        )
+        return Selection(indices={int(layer): np.unique(pairs[pairs[:, 0] == layer, 1]) for layer in layers})
     layers = np.arange(arch.layers) if config.layers == "all" else np.array(config.layers, np.int64)
-    indices = (
-        np.arange(arch.neurons) if config.indices == "all" else np.array(config.indices, np.int64)
-    )
+    indices = np.arange(arch.neurons) if config.indices == "all" else np.array(config.indices, np.int64)
     _check("layer", layers, arch.layers, "neurons.layers")
     _check("neuron", indices, arch.neurons, "neurons.indices")
     return Selection(indices={int(layer): np.unique(indices) for layer in np.unique(layers)})
@@ -75,6 +71,4 @@ def _check(what: str, values: np.ndarray, limit: int, where: str) -> None:
     if values.size == 0:
         raise JaxplainError(f"{where} names no {what}.")
     for value in values[(values < 0) | (values >= limit)][:1]:
-        raise JaxplainError(
-            f"{where} names {what} {value}, but the subject's {what}s are 0 to {limit - 1}."
-        )
+        raise JaxplainError(f"{where} names {what} {value}, but the subject's {what}s are 0 to {limit - 1}.")

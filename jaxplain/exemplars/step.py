@@ -33,17 +33,14 @@ def make_step(model: Decoder, mesh: Mesh) -> tuple[Step, nnx.State]:
             for layer, reduction in reductions.items()
         }
         initial = nnx.State(
-            {
-                "layers": {
-                    layer: {"mlp": {MLP_ACTIVATION: Sown(fold)}} for layer, fold in folds.items()
-                }
-            }
+            {"layers": {layer: {"mlp": {MLP_ACTIVATION: Sown(fold)}} for layer, fold in folds.items()}}
         )
         model = nnx.merge(graph, weights)
-        _, sown = nnx.capture(model, Sown, init=initial)(rows.tokens_BT.clip(0))
+        assert isinstance(model, Decoder)
+        forward = nnx.capture(Decoder.__call__, Sown, init=initial)
+        _, sown = forward(model, rows.tokens_BT.clip(0))
         return {
-            layer: sown["layers"][layer]["mlp"][MLP_ACTIVATION].get_value().reduction
-            for layer in reductions
+            layer: sown["layers"][layer]["mlp"][MLP_ACTIVATION].get_value().reduction for layer in reductions
         }
 
     return jax.jit(step, donate_argnums=0), weights

@@ -11,7 +11,6 @@ the slot of the one that it pushes out. Nothing here communicates between device
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int

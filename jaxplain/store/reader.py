@@ -1,9 +1,9 @@
 """Reading a store: `open_store`, then splits, neurons and their exemplars.
 
-    store = jaxplain.open_store("runs/smollm2")
-    neuron = store["train"].neuron(layer=10, index=42)
-    for exemplar in neuron.exemplars("max", limit=5):
-        print(exemplar.score, exemplar.text)
+store = jaxplain.open_store("runs/smollm2")
+neuron = store["train"].neuron(layer=10, index=42)
+for exemplar in neuron.exemplars("max", limit=5):
+    print(exemplar.score, exemplar.text)
 """
 
 import dataclasses
@@ -86,11 +86,11 @@ class Vocabulary:
 
     def text(self, tokens: Int[np.ndarray, "T"]) -> str:
         """The text of a sequence of tokens."""
-        return b"".join(map(self.bytes_of, tokens)).decode("utf-8", "replace")
+        return b"".join(map(self.bytes_of, tokens.tolist())).decode("utf-8", "replace")
 
     def strings(self, tokens: Int[np.ndarray, "T"]) -> list[str]:
         """The text of every token by itself."""
-        return [self.bytes_of(token).decode("utf-8", "replace") for token in tokens]
+        return [self.bytes_of(token).decode("utf-8", "replace") for token in tokens.tolist()]
 
 
 class Neuron:
@@ -148,12 +148,17 @@ class Neuron:
 
 
 class Split:
-    """One split of a store: its sequences, and exemplars and statistics of every neuron kept."""
+    """One split of a store: its sequences, and exemplars and statistics of every neuron kept.
+
+    Attributes:
+        layers: Layers that the store holds, ascending, int32 [L].
+        neurons: Neurons that it holds of each layer, ascending, int32 [F].
+    """
 
     def __init__(self, store: "Store", name: str):
         self.store, self.name = store, name
-        self.layers: Int[np.ndarray, "L"] = self._array("layer").read().result()
-        self.neurons: Int[np.ndarray, "F"] = self._array("neuron").read().result()
+        self.layers: np.ndarray = np.asarray(self._array("layer").read().result())
+        self.neurons: np.ndarray = np.asarray(self._array("neuron").read().result())
 
     def __repr__(self) -> str:
         return (
@@ -188,7 +193,7 @@ class Split:
         return neuron
 
     def sequences(self, rows: Int[np.ndarray, "N"]) -> dict[str, np.ndarray]:
-        """Rows of the token table: `token` [N, T] (-1 is padding), `corpus`, `document`, `start`, `length`."""
+        """Rows of the token table by number: `token` [N, T] (-1 is padding) and where each comes from."""
         names = schema.sequence_arrays(sequences=0, tokens=1)
         reads = {name: self._array(f"sequences/{name}")[rows].read() for name in names}
         return {name: np.asarray(read.result()) for name, read in reads.items()}
@@ -202,7 +207,7 @@ class Split:
         """The split as an xarray DataTree of lazily read arrays, in the store's own structure."""
         import xarray
 
-        return xarray.open_datatree(self.store.zarr_path, engine="zarr", group=self.name, chunks=None)
+        return xarray.open_datatree(self.store.zarr_path, engine="zarr", group=self.name, consolidated=False)
 
     @functools.cache  # noqa: B019 - as long-lived as the split itself
     def _array(self, name: str) -> ts.TensorStore:
@@ -227,13 +232,12 @@ class Store:
         self._splits: dict[str, Split] = {}
 
     def __repr__(self) -> str:
-        return f"Store({self._files.url!r}, subject {self.attributes['subject']['id']!r}, splits {', '.join(self.splits)})"
+        subject = self.attributes["subject"]["id"]
+        return f"Store({self._files.url!r}, subject {subject!r}, splits {', '.join(self.splits)})"
 
     def __getitem__(self, split: str) -> Split:
         if split not in self.splits:
-            raise JaxplainError(
-                f"the store has no split {split!r}; it has {', '.join(self.splits)}."
-            )
+            raise JaxplainError(f"the store has no split {split!r}; it has {', '.join(self.splits)}.")
         if split not in self._splits:
             self._splits[split] = Split(self, split)
         return self._splits[split]

@@ -70,9 +70,7 @@ def group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:
 def vector(dimension: str, size: int, dtype: str) -> ArraySpec:
     """A one-dimensional array in one chunk."""
     shape = (max(size, 1),)
-    return ArraySpec(
-        dimensions=(dimension,), shape=(size,), dtype=dtype, fill=0, chunk=shape, shard=shape
-    )
+    return ArraySpec(dimensions=(dimension,), shape=(size,), dtype=dtype, fill=0, chunk=shape, shard=shape)
 
 
 def vocabulary_arrays(*, tokens: int, characters: int) -> dict[str, ArraySpec]:
@@ -153,7 +151,4 @@ def statistics_arrays(*, layers: int, neurons: int) -> dict[str, ArraySpec]:
             shard=shape,
         )
 
-    return {
-        name: spec("int64", -1) if name == "count" else spec("float32", "NaN")
-        for name in STATISTICS
-    }
+    return {name: spec("int64", -1) if name == "count" else spec("float32", "NaN") for name in STATISTICS}

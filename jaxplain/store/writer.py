@@ -47,8 +47,7 @@ class StoreWriter:
         self._write_group(f"{split}/sequences")
         specs = schema.sequence_arrays(sequences=0, tokens=tokens)
         arrays = {
-            name: self._files.create_array(f"{split}/sequences/{name}", spec)
-            for name, spec in specs.items()
+            name: self._files.create_array(f"{split}/sequences/{name}", spec) for name, spec in specs.items()
         }
         rows = 0
         for block in blocks:
@@ -85,9 +84,7 @@ class StoreWriter:
         sizes = {"layers": len(layers), "neurons": len(neurons)}
         groups = {"stats": schema.statistics_arrays(**sizes)}
         for kind in kinds:
-            groups[kind] = schema.kind_arrays(
-                **sizes, k=k, tokens=tokens, activation_dtype=activation_dtype
-            )
+            groups[kind] = schema.kind_arrays(**sizes, k=k, tokens=tokens, activation_dtype=activation_dtype)
         arrays = {}
         for group, specs in groups.items():
             self._write_group(f"{split}/{group}")
@@ -126,15 +123,12 @@ class SplitWriter:
         """Write one layer's exemplars of one kind; `layer` and `columns` are places on the axes."""
         values = {"score": score_NR, "sequence": sequence_NR, "activation": activation_NRT}
         writes = [
-            self._arrays[f"{kind}/{name}"][layer, columns].write(array)
-            for name, array in values.items()
+            self._arrays[f"{kind}/{name}"][layer, columns].write(array) for name, array in values.items()
         ]
         for write in writes:
             write.result()
 
-    def write_statistics(
-        self, layer: int, columns: Int[np.ndarray, "N"], **values_N: np.ndarray
-    ) -> None:
+    def write_statistics(self, layer: int, columns: Int[np.ndarray, "N"], **values_N: np.ndarray) -> None:
         """Write one layer's statistics, by the names in `schema.STATISTICS`."""
         for name in schema.STATISTICS:
             array = self._arrays[f"stats/{name}"]

@@ -1,0 +1,1 @@
+"""The models whose neurons are looked at: decoder, families, weights."""

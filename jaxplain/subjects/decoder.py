@@ -30,6 +30,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+_FLOAT32 = jnp.dtype("float32")
+
+
 class Sown(nnx.Variable[Any]):
     """What a layer's activations are folded into while they pass; read it with `nnx.capture`.
 
@@ -57,6 +60,7 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Scale every position to unit root mean square, then by the learned scale."""
         x = x_BTD.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
         return self.scale_D[...][None, None] * x.astype(x_BTD.dtype)
@@ -80,9 +84,8 @@ class Attention(nnx.Module):
         # The window counts the query's own position; `local_window_size` counts those to its left.
         self.window = None if arch.sliding_window is None else (arch.sliding_window - 1, 0)
 
-    def __call__(
-        self, x_BTD: Float[Array, "B T D"], rotary_TC: tuple[Array, Array]
-    ) -> Float[Array, "B T D"]:
+    def __call__(self, x_BTD: Float[Array, "B T D"], rotary_TC: tuple[Array, Array]) -> Float[Array, "B T D"]:
+        """Mix the values of earlier positions; `rotary_TC` are the tables of `rotary_tables`."""
         query_BTHC = jnp.einsum("BTD,DHC->BTHC", x_BTD, self.query_DHC[...])
         key_BTKC = jnp.einsum("BTD,DKC->BTKC", x_BTD, self.key_DKC[...])
         value_BTKC = jnp.einsum("BTD,DKC->BTKC", x_BTD, self.value_DKC[...])
@@ -117,6 +120,7 @@ class GatedMLP(nnx.Module):
         self.activation = arch.activation
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Compute and sow the neurons, and project them down."""
         gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.gate_DF[...])
         up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.up_DF[...])
         if self.has_bias:
@@ -137,9 +141,8 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(arch.width, arch.norm_epsilon, dtype)
         self.mlp = GatedMLP(arch, rngs, dtype)
 
-    def __call__(
-        self, x_BTD: Float[Array, "B T D"], rotary_TC: tuple[Array, Array]
-    ) -> Float[Array, "B T D"]:
+    def __call__(self, x_BTD: Float[Array, "B T D"], rotary_TC: tuple[Array, Array]) -> Float[Array, "B T D"]:
+        """Add what attention and MLP read from the residual stream to it."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary_TC)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
@@ -150,9 +153,7 @@ class Head(nnx.Module):
     def __init__(self, arch: Architecture, rngs: nnx.Rngs, dtype: jnp.dtype):
         self.norm = RMSNorm(arch.width, arch.norm_epsilon, dtype)
         if not arch.tied_embeddings:
-            self.unembedding_DV = _parameter(
-                rngs, dtype, arch.width, arch.vocabulary, fan_in=arch.width
-            )
+            self.unembedding_DV = _parameter(rngs, dtype, arch.width, arch.vocabulary, fan_in=arch.width)
 
 
 class Decoder(nnx.Module):
@@ -168,7 +169,7 @@ class Decoder(nnx.Module):
         arch: Architecture,
         *,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype = jnp.dtype("float32"),
+        dtype: jnp.dtype = _FLOAT32,
         depth: int | None = None,
         with_head: bool = False,
     ):
@@ -179,6 +180,7 @@ class Decoder(nnx.Module):
         self.head = Head(arch, rngs, dtype) if with_head else None
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The residual stream after the last layer."""
         x_BTD = self.embedding_VD[...][tokens_BT]
         rotary_TC = rotary_tables(self.arch.rotary, self.arch.head_width, tokens_BT.shape[1])
         for layer in self.layers:

@@ -144,7 +144,9 @@ _LLAMA_WEIGHTS = (
     Weight(source="model.embed_tokens.weight", target="embedding_VD", axes="V D"),
     *(
         Weight(
-            source=f"model.layers.{{layer}}.{source}", target=f"layers.{{layer}}.{target}", axes=axes
+            source=f"model.layers.{{layer}}.{source}",
+            target=f"layers.{{layer}}.{target}",
+            axes=axes,
         )
         for source, target, axes in (
             ("input_layernorm.weight", "attention_norm.scale_D", "D"),
@@ -171,8 +173,7 @@ _LLAMA_WEIGHTS = (
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(
-        attributes=_LLAMA_ATTRIBUTES
-        | {"attention_bias": "attention_bias", "mlp_bias": "mlp_bias"},
+        attributes=_LLAMA_ATTRIBUTES | {"attention_bias": "attention_bias", "mlp_bias": "mlp_bias"},
         ignored=_GENERIC
         | {
             "pretraining_tp": "sums the same products in another order",

@@ -46,9 +46,7 @@ def load_decoder(
     Raises JaxplainError where a parameter has no tensor, a tensor no parameter, or a shape differs.
     """
     model = nnx.eval_shape(
-        lambda: Decoder(
-            arch, rngs=nnx.Rngs(0), dtype=dtype, depth=depth, with_head=with_head
-        )
+        lambda: Decoder(arch, rngs=nnx.Rngs(0), dtype=dtype, depth=depth, with_head=with_head)
     )
     abstract = nnx.state(model)
     parameters = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(abstract)}
@@ -92,16 +90,15 @@ def _open_checkpoint(folder: Path) -> Iterator[_Checkpoint]:
         for file in files:
             path = folder / file
             if not path.exists():
-                raise JaxplainError(
-                    f"{path} does not exist; the subject needs its weights as safetensors."
-                )
+                raise JaxplainError(f"{path} does not exist; the subject needs its weights as safetensors.")
             try:
                 handle = stack.enter_context(safe_open(path, framework="numpy"))
             except SafetensorError as error:
                 raise JaxplainError(
                     f"{path} is not a readable safetensors file ({error}); fetch it again."
                 ) from error
-            checkpoint.update({name: handle.get_slice(name) for name in handle.keys()})
+            names = handle.keys()
+            checkpoint.update({name: handle.get_slice(name) for name in names})
         yield checkpoint
 
 
@@ -110,9 +107,7 @@ def _match(
 ) -> dict[str, Weight]:
     """Which tensor fills which parameter, with every name accounted for."""
     known = {
-        weight.source: weight
-        for pattern in family.weights
-        for weight in _each_layer(pattern, arch.layers)
+        weight.source: weight for pattern in family.weights for weight in _each_layer(pattern, arch.layers)
     }
     for name in checkpoint:
         ignored = any(fnmatch.fnmatch(name, pattern) for pattern in family.ignored_tensors)
@@ -170,8 +165,8 @@ def _load(tensor: Any, weight: Weight, parameter: Any, mesh: Mesh, dtype: jnp.dt
         )
     order = [letter for group in groups for letter in group]
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        wanted = dict(zip(letters, index, strict=True))
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        wanted = dict(zip(letters, index or (), strict=True))
         # Cut what the source's outermost axes allow while reading, the rest afterwards.
         source_slices, shape = [], []
         for group in groups:
@@ -181,8 +176,7 @@ def _load(tensor: Any, weight: Weight, parameter: Any, mesh: Mesh, dtype: jnp.dt
             shape += [stop - start, *(sizes[letter] for letter in group[1:])]
         values = np.asarray(tensor[tuple(source_slices)]).reshape(shape)
         inner_slices = [
-            slice(None) if letter in {group[0] for group in groups} else wanted[letter]
-            for letter in order
+            slice(None) if letter in {group[0] for group in groups} else wanted[letter] for letter in order
         ]
         values = values[tuple(inner_slices)]
         return np.transpose(values, [order.index(letter) for letter in letters]).astype(dtype)

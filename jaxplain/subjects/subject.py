@@ -114,9 +114,7 @@ def _folder(config: SubjectConfig) -> Path:
         return Path(config.id).resolve()
     try:
         return Path(
-            huggingface_hub.snapshot_download(
-                config.id, revision=config.revision, allow_patterns=_HUB_FILES
-            )
+            huggingface_hub.snapshot_download(config.id, revision=config.revision, allow_patterns=_HUB_FILES)
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise JaxplainError(

@@ -8,7 +8,10 @@ from rich.text import Text
 
 from jaxplain.store.reader import Exemplar, Neuron, Store
 
-_BACKGROUNDS = {1: ("#3d2b00", "#7a5500", "#b87f00", "#ffb000"), -1: ("#14264d", "#24458c", "#3465cc", "#5c8eff")}
+_BACKGROUNDS = {
+    1: ("#3d2b00", "#7a5500", "#b87f00", "#ffb000"),
+    -1: ("#14264d", "#24458c", "#3465cc", "#5c8eff"),
+}
 _TOKENS_AROUND_PEAK = 12
 
 
@@ -42,9 +45,11 @@ def _most_peaked(store: Store, split: str, kind: str, place: int) -> int:
     scores_FR, mean_F, variance_F = store[split].layer_arrays(
         place, f"{kind}/score", "stats/mean", "stats/variance"
     )
+    filled_F = np.isfinite(scores_FR).sum(axis=1)
+    median_F = scores_FR[np.arange(len(scores_FR)), np.maximum(filled_F - 1, 0) // 2]
     with np.errstate(invalid="ignore", divide="ignore"):
-        heights_F = np.abs(np.nanmedian(scores_FR, axis=1) - mean_F) / np.sqrt(variance_F)
-    return int(np.nanargmax(np.where(np.isfinite(heights_F), heights_F, -1)))
+        heights_F = np.abs(median_F - mean_F) / np.sqrt(variance_F)
+    return int(np.argmax(np.where(np.isfinite(heights_F), heights_F, -1)))
 
 
 def _excerpt(exemplar: Exemplar, *, sign: int) -> Text:
@@ -57,7 +62,11 @@ def _excerpt(exemplar: Exemplar, *, sign: int) -> Text:
         share = strength_T[i] / strength_T[peak] if strength_T[peak] > 0 else 0.0
         style = Style()
         if share > 0.2:
-            style = Style(bgcolor=shades[min(int(share * len(shades)), len(shades) - 1)], color="white", bold=i == peak)
+            style = Style(
+                bgcolor=shades[min(int(share * len(shades)), len(shades) - 1)],
+                color="white",
+                bold=i == peak,
+            )
         text.append(_visible(exemplar.token_strings[i]), style)
     return text
 

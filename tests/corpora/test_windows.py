@@ -29,7 +29,11 @@ def source(texts, name="made-up", weight=1.0):
 
 
 def config(**fields):
-    defaults = {"sources": [SourceConfig(preset="chitchat")], "sequence_length": 16, "max_sequences": 0}
+    defaults = {
+        "sources": [SourceConfig(preset="chitchat")],
+        "sequence_length": 16,
+        "max_sequences": 0,
+    }
     return CorpusConfig(**defaults | {"splits": {"train": 1.0}} | fields)
 
 
@@ -142,13 +146,13 @@ def test_splits_do_not_depend_on_the_seed_and_may_leave_out():
 
 def test_same_seed_same_windows_and_another_seed_another_order(tokenizer):
     texts = tiny.documents(30)
-    once, again, other = (
-        windows([source(texts)], config(seed=seed), tokenizer) for seed in (3, 3, 4)
-    )
+    once, again, other = (windows([source(texts)], config(seed=seed), tokenizer) for seed in (3, 3, 4))
     assert [w.tokens_T.tolist() for w in once] == [w.tokens_T.tolist() for w in again]
     assert [w.document for w in once] != [w.document for w in other]
     order = [text_hash(text) for text in texts]
-    assert list(dict.fromkeys(w.document for w in once)) != [d for d in order if d in {w.document for w in once}]
+    assert list(dict.fromkeys(w.document for w in once)) != [
+        d for d in order if d in {w.document for w in once}
+    ]
 
 
 def test_iterator_state_resumes_midway(tokenizer):
@@ -167,7 +171,8 @@ def test_lottery_is_uniform_and_tied_to_the_window():
     document_N, start_N = np.arange(20000) % 5000, np.arange(20000) // 5000
     drawn = lottery(0, document_N, start_N)
     assert drawn.dtype == np.float32
-    assert 0 < drawn.min() and drawn.max() < 1
+    assert drawn.min() > 0
+    assert drawn.max() < 1
     histogram = np.histogram(drawn, 10, (0, 1))[0]
     assert np.abs(histogram - 2000).max() < 200
     np.testing.assert_array_equal(lottery(0, document_N[7:9], start_N[7:9]), drawn[7:9])
@@ -219,7 +224,10 @@ def test_chat_column_goes_through_the_template(tokenizer, tmp_path):
         ({"preset": "nothing"}, "preset is 'nothing'; known are wikipedia-leads, chitchat"),
         ({"dataset": "json", "data_files": "/nowhere/*.jsonl"}, "no such file: /nowhere/"),
         ({"dataset": "json"}, "needs corpus.sources.data_files"),
-        ({"dataset": "json", "data_files": "DOCS", "text_column": "body"}, "no column 'body'; it has text, messages"),
+        (
+            {"dataset": "json", "data_files": "DOCS", "text_column": "body"},
+            "no column 'body'; it has text, messages",
+        ),
         ({"dataset": "json", "data_files": "BROKEN"}, "could not be read"),
         ({"dataset": "csv", "data_files": "EMPTY"}, "could not be read|holds no documents"),
         ({"dataset": "some-one/no-such-set"}, "'some-one/no-such-set' could not be f"),
@@ -254,7 +262,13 @@ def test_successive_messages_of_one_person_are_one_turn():
 
     long = "x" * 400
     contents = {
-        "kept": {"messages": [[message("a", "hi"), message("a", "there")], [message("b", long)], [message("b", "ok")]]},
+        "kept": {
+            "messages": [
+                [message("a", "hi"), message("a", "there")],
+                [message("b", long)],
+                [message("b", "ok")],
+            ]
+        },
         "short": {"messages": [[message("a", "hi")]]},
         "empty": {"messages": []},
     }

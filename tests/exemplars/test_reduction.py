@@ -17,7 +17,12 @@ MESHES = [(1, 1), (8, 1), (1, 8), (2, 4), (4, 2)]
 
 
 def make_mesh(data, model):
-    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[: data * model])
+    return jax.make_mesh(
+        (data, model),
+        ("data", "model"),
+        axis_types=(AxisType.Auto,) * 2,
+        devices=jax.devices()[: data * model],
+    )
 
 
 @jax.jit
@@ -107,9 +112,7 @@ def test_fewer_sequences_than_k_leaves_empty_ranks():
 
 def test_every_token_masked_keeps_nothing():
     acts_NTF, counted_NT, lottery_N = draw(3, 9, 4, 8, share_counted=0.0)
-    ranked, statistics = reduce(
-        acts_NTF, counted_NT, lottery_N, k=3, batch=4, mesh=make_mesh(2, 4)
-    )
+    ranked, statistics = reduce(acts_NTF, counted_NT, lottery_N, k=3, batch=4, mesh=make_mesh(2, 4))
     assert all((np.asarray(r.sequence_FR) == -1).all() for r in ranked.values())
     assert (statistics.count_F == 0).all()
     assert np.isnan(statistics.mean_F).all()
@@ -119,9 +122,7 @@ def test_every_token_masked_keeps_nothing():
 def test_chosen_neurons_only(shape):
     acts_NTF, counted_NT, lottery_N = draw(4, 21, 5, 16)
     indices = jnp.asarray([2, 3, 5, 11], jnp.int32)
-    result = reduce(
-        acts_NTF, counted_NT, lottery_N, k=4, batch=8, mesh=make_mesh(*shape), indices=indices
-    )
+    result = reduce(acts_NTF, counted_NT, lottery_N, k=4, batch=8, mesh=make_mesh(*shape), indices=indices)
     assert_equals_oracle(result, acts_NTF[:, :, np.asarray(indices)], counted_NT, lottery_N, 4)
 
 

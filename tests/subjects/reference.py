@@ -1,6 +1,6 @@
 """The reference: Hugging Face's torch implementation, hooked at every layer's down projection.
 
-    python -m tests.subjects.reference      rewrites tests/golden (needs torch)
+python -m tests.subjects.reference      rewrites tests/golden (needs torch)
 """
 
 import sys
@@ -22,20 +22,21 @@ def torch_activations(folder, tokens_BT, *, double=False):
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64 if double else torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64 if double else torch.float32
+    ).eval()
     found = []
     for layer in model.model.layers:
-        layer.mlp.down_proj.register_forward_pre_hook(
-            lambda module, inputs: found.append(inputs[0].numpy())
-        )
+        layer.mlp.down_proj.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0].numpy()))
     with torch.no_grad():
         logits = model(torch.as_tensor(tokens_BT)).logits.numpy()
     return np.stack(found), logits
 
 
 def main():
-    from jaxplain.subjects.packaged import packaged_folder
     from transformers import AutoTokenizer
+
+    from jaxplain.subjects.packaged import packaged_folder
 
     for name, config in tiny.VARIANTS.items():
         with tempfile.TemporaryDirectory() as scratch:

