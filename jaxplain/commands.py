@@ -64,7 +64,7 @@ def parse_config(
         values = parser.instantiate(namespace)
     except ArgumentError as error:
         raise JaxplainError(_one_sentence(str(error), config_class)) from error
-    fields = [field.name for field in dataclasses.fields(config_class)]  # pyright: ignore[reportArgumentType]
+    fields = typing.get_type_hints(config_class)
     return config_class(**{name: values[name] for name in fields}), values
 
 

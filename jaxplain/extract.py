@@ -1,13 +1,11 @@
 """python -m jaxplain.extract: find the exemplars of every neuron of a model, in one pass over a corpus."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 from rich.console import Console
-from tqdm import tqdm
 
 import jaxplain
 from jaxplain.commands import config_parser, parse_config, run
@@ -19,6 +17,7 @@ from jaxplain.exemplars.extraction import Extraction
 from jaxplain.exemplars.selection import select_neurons
 from jaxplain.exemplars.step import make_step
 from jaxplain.mesh import make_mesh
+from jaxplain.progress import progress_bars
 from jaxplain.store.files import Files
 from jaxplain.store.schema import STORE_NAME
 from jaxplain.store.writer import StoreWriter
@@ -35,9 +34,12 @@ def main(arguments: Sequence[str]) -> None:
     )
     config, options = parse_config(parser, ExtractConfig, arguments)
     extract(config, overwrite=options.overwrite)
-    print_sample(jaxplain.open_store(config.output), Console())
-    print(f"\nThe store is {_join(config.output, STORE_NAME)}. To look at any neuron:")
-    print(f"  python -m jaxplain.show {config.output} --layer 0 --neuron 0")
+    shown = print_sample(jaxplain.open_store(config.output), Console())
+    print(f"The store is {_join(config.output, STORE_NAME)}. Look at any neuron, from either side:")
+    print(
+        f"  python -m jaxplain.show {config.output} --layer {shown[-1].layer} "
+        f"--neuron {shown[-1].index} --kind {config.exemplars.kinds[-1]}"
+    )
 
 
 def extract(config: ExtractConfig, *, overwrite: bool = False) -> None:
@@ -71,11 +73,9 @@ def extract(config: ExtractConfig, *, overwrite: bool = False) -> None:
     Files(path).delete_all()
     writer = StoreWriter(path, _attributes(config, subject, sources))
     writer.write_vocabulary(token_bytes(subject.tokenizer, subject.arch.vocabulary))
-    progress = functools.partial(
-        tqdm, disable=not config.run.progress or jax.process_index() > 0, dynamic_ncols=True
-    )
+    progress = progress_bars(enabled=config.run.progress and jax.process_index() == 0)
     for split in config.exemplars.splits:
-        rows = write_token_table(writer, sources, config.corpus, split, subject.tokenizer)
+        rows = write_token_table(writer, sources, config.corpus, split, subject.tokenizer, progress)
         wanted = config.corpus.max_sequences
         if rows < wanted and jax.process_index() == 0:
             print(f"{split}: a source ran out after {rows} of {wanted} sequences; going on with those")
@@ -84,8 +84,12 @@ def extract(config: ExtractConfig, *, overwrite: bool = False) -> None:
 
 
 def _excluded_tokens(config: CorpusConfig, subject: Subject) -> frozenset[int]:
-    special = subject.tokenizer.all_special_ids if config.exclude.special else []
-    return frozenset([*special, *config.exclude.tokens])
+    tokenizer = subject.tokenizer
+    special = [
+        *tokenizer.all_special_ids,
+        *(number for number, token in tokenizer.added_tokens_decoder.items() if token.special),
+    ]
+    return frozenset(config.exclude.tokens) | frozenset(special if config.exclude.special else [])
 
 
 def _attributes(config: ExtractConfig, subject: Subject, sources: Sequence[Source]) -> dict[str, object]:

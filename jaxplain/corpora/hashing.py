@@ -20,13 +20,11 @@ def split_of(document: int, splits: Mapping[str, float]) -> str | None:
     the data that is scored to the data that is explained.
     """
     place = float(_uniform(_mix(np.array([document], np.uint64)))[0])
-    edge = 0.0
-    for name, share in splits.items():
-        edge += share
-        if place < edge:
-            return name
-    # Shares that sum to one but for rounding leave nothing out.
-    return name if edge > 1 - 1e-9 else None  # pyright: ignore[reportPossiblyUnboundVariable]
+    edges = np.cumsum(list(splits.values()))
+    if edges[-1] > 1 - 1e-9:  # shares that sum to one but for rounding leave nothing out
+        edges[-1] = 1.0
+    number = int(np.searchsorted(edges, place, side="right"))
+    return list(splits)[number] if number < len(splits) else None
 
 
 def lottery(

@@ -15,6 +15,7 @@ from jaxplain.corpora.hashing import lottery
 from jaxplain.corpora.sources import Source
 from jaxplain.corpora.windows import PADDING, Window, windows_of_split
 from jaxplain.errors import JaxplainError
+from jaxplain.progress import Progress
 from jaxplain.store.writer import SequenceBlock, StoreWriter, blocks_of
 
 _ROWS_PER_WRITE = 4096
@@ -26,6 +27,7 @@ def write_token_table(
     config: CorpusConfig,
     split: str,
     tokenizer: PreTrainedTokenizerBase,
+    progress: Progress,
 ) -> int:
     """Cut the split's windows and write them; the number of rows.
 
@@ -34,8 +36,9 @@ def write_token_table(
     windows: Iterable[Window] = windows_of_split(sources, config, split, tokenizer)
     if config.max_sequences:
         windows = itertools.islice(windows, config.max_sequences)
-    blocks = blocks_of(map(_row, windows), _ROWS_PER_WRITE)
-    rows = writer.write_sequences(split, blocks, tokens=config.sequence_length)
+    with progress(total=config.max_sequences or None, desc=f"{split}: cut", unit="sequences") as bar:
+        blocks = blocks_of(map(_row, bar.over(windows)), _ROWS_PER_WRITE)
+        rows = writer.write_sequences(split, blocks, tokens=config.sequence_length)
     if rows == 0:
         raise JaxplainError(
             f"the corpus is empty: no source gave a sequence for split {split!r}; "

@@ -59,6 +59,11 @@ def windows_of_split(
     return grain.IterDataset.mix(packed, weights=[source.weight for source in sources])
 
 
+def special_token_ids(token_id: Any) -> list[int]:
+    """One of a tokenizer's special tokens as a list; empty where it has none of the kind."""
+    return [] if token_id is None else [int(token_id)]
+
+
 def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The BOS token, as a list, for a tokenizer that begins every text with one; else empty."""
     tokens = tokenizer("a")["input_ids"]
@@ -73,8 +78,7 @@ def _packed_windows(
     split: str,
     tokenizer: PreTrainedTokenizerBase,
 ) -> grain.IterDataset[Window]:
-    end = tokenizer.eos_token_id
-    separator = [int(end)] if config.separator and end is not None else []
+    separator = special_token_ids(tokenizer.eos_token_id) if config.separator else []
 
     def tokenise(document: Any) -> _TokenisedDocument:
         encoding = tokenizer(document.text, add_special_tokens=False, verbose=False)

@@ -19,10 +19,8 @@ from jaxplain.exemplars.moments import merge_moments
 from jaxplain.exemplars.reduction import Rows, empty_reduction
 from jaxplain.exemplars.selection import Selection
 from jaxplain.exemplars.step import Reductions, Step
+from jaxplain.progress import Progress
 from jaxplain.store.writer import SplitWriter, StoreWriter
-
-Progress = Callable[..., Any]
-"""Like `tqdm.tqdm`: called with `total=`, `desc=` and `unit=`, gives a bar with `update` and `close`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,9 +40,8 @@ class Extraction:
         config = self.config
         table = writer.read_sequences(split)
         batches = token_batches(table, batch_size=config.run.batch_size, seed=config.corpus.seed)
-        bar = progress(total=table["token"].shape[0], desc=f"{split}: extract", unit="seq")
-        reductions = self._reduce(batches, bar.update)
-        bar.close()
+        with progress(total=table["token"].shape[0], desc=f"{split}: read", unit="sequences") as bar:
+            reductions = self._reduce(batches, bar.update)
         out = writer.create_split(
             split,
             layers=self.selection.layers,
@@ -54,9 +51,8 @@ class Extraction:
             tokens=config.corpus.sequence_length,
             activation_dtype=config.exemplars.activation_dtype,
         )
-        bar = progress(total=len(reductions), desc=f"{split}: write", unit="layer")
-        self._write(reductions, out, bar.update)
-        bar.close()
+        with progress(total=len(reductions), desc=f"{split}: write", unit="layers") as bar:
+            self._write(reductions, out, bar.update)
 
     def _reduce(self, batches: Iterable[TokenBatch], advance: Callable[[int], Any]) -> Reductions:
         neurons = self._padded_neurons()
@@ -89,14 +85,15 @@ class Extraction:
         counted_BT = counted_tokens(
             batch.tokens_BT, excluded=self.excluded, first=self.config.corpus.exclude.first
         )
-        return jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(sharding, x),
-            Rows(
-                tokens_BT=batch.tokens_BT,  # pyright: ignore[reportArgumentType]
-                counted_BT=counted_BT,  # pyright: ignore[reportArgumentType]
-                sequence_B=batch.sequence_B,  # pyright: ignore[reportArgumentType]
-                lottery_B=batch.lottery_B,  # pyright: ignore[reportArgumentType]
-            ),
+
+        def on_mesh(x: np.ndarray) -> jax.Array:
+            return jax.make_array_from_process_local_data(sharding, x)
+
+        return Rows(
+            tokens_BT=on_mesh(batch.tokens_BT),
+            counted_BT=on_mesh(counted_BT),
+            sequence_B=on_mesh(batch.sequence_B),
+            lottery_B=on_mesh(batch.lottery_B),
         )
 
     def _padded_neurons(self) -> dict[int, jax.Array]:

@@ -1,6 +1,7 @@
 """One step of extraction: a batch through the subject, every chosen layer folded as it passes."""
 
 from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import jax
 from flax import nnx
@@ -36,9 +37,8 @@ def make_step(model: Decoder, mesh: Mesh) -> tuple[Step, nnx.State]:
             {"layers": {layer: {"mlp": {MLP_ACTIVATION: Sown(fold)}} for layer, fold in folds.items()}}
         )
         model = nnx.merge(graph, weights)
-        assert isinstance(model, Decoder)
-        forward = nnx.capture(Decoder.__call__, Sown, init=initial)
-        _, sown = forward(model, rows.tokens_BT.clip(0))
+        forward = cast(Callable[..., Any], nnx.capture(model, Sown, init=initial))
+        _, sown = forward(rows.tokens_BT.clip(0))
         return {
             layer: sown["layers"][layer]["mlp"][MLP_ACTIVATION].get_value().reduction for layer in reductions
         }

@@ -7,6 +7,7 @@ A parameter's name ends in its axis letters (see `architecture`): `query_DHC` ha
 query head, head width. Sharding (`loading.partition`) and the family tables rely on that.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -42,9 +43,14 @@ class Sown(nnx.Variable[Any]):
 
 
 def _fold(accumulator: Any, activations: Array) -> Any:
-    if isinstance(accumulator, tuple):
-        return (*accumulator, activations)
-    return accumulator.fold(activations)
+    if hasattr(accumulator, "fold"):
+        return accumulator.fold(activations)
+    return (*accumulator, activations)
+
+
+def _exact_products() -> contextlib.AbstractContextManager[None]:
+    """Float32 products in float32: accelerators would otherwise round the factors to fewer bits."""
+    return jax.default_matmul_precision("highest")
 
 
 def _parameter(rngs: nnx.Rngs, dtype: jnp.dtype, *shape: int, fan_in: int) -> nnx.Param[Array]:
@@ -183,8 +189,9 @@ class Decoder(nnx.Module):
         """The residual stream after the last layer."""
         x_BTD = self.embedding_VD[...][tokens_BT]
         rotary_TC = rotary_tables(self.arch.rotary, self.arch.head_width, tokens_BT.shape[1])
-        for layer in self.layers:
-            x_BTD = layer(x_BTD, rotary_TC)
+        with _exact_products():
+            for layer in self.layers:
+                x_BTD = layer(x_BTD, rotary_TC)
         return x_BTD
 
     def logits(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:
@@ -192,6 +199,7 @@ class Decoder(nnx.Module):
         if self.head is None or len(self.layers) != self.arch.layers:
             raise ValueError("logits need a decoder with all layers and with_head=True")
         x_BTD = self.head.norm(self(tokens_BT))
-        if self.arch.tied_embeddings:
-            return jnp.einsum("BTD,VD->BTV", x_BTD, self.embedding_VD[...])
-        return jnp.einsum("BTD,DV->BTV", x_BTD, self.head.unembedding_DV[...])
+        with _exact_products():
+            if self.arch.tied_embeddings:
+                return jnp.einsum("BTD,VD->BTV", x_BTD, self.embedding_VD[...])
+            return jnp.einsum("BTD,DV->BTV", x_BTD, self.head.unembedding_DV[...])

@@ -12,7 +12,7 @@ _BACKGROUNDS = {
     1: ("#3d2b00", "#7a5500", "#b87f00", "#ffb000"),
     -1: ("#14264d", "#24458c", "#3465cc", "#5c8eff"),
 }
-_TOKENS_AROUND_PEAK = 12
+_TOKENS_BEFORE_PEAK, _TOKENS_AFTER_PEAK = 12, 6
 
 
 def print_neuron(neuron: Neuron, console: Console, *, kind: str = "max", limit: int = 5) -> None:
@@ -25,50 +25,59 @@ def print_neuron(neuron: Neuron, console: Console, *, kind: str = "max", limit: 
         highlight=False,
     )
     for exemplar in neuron.exemplars(kind, limit=limit):
-        console.print(_excerpt(exemplar, sign=-1 if kind == "min" else 1), soft_wrap=True)
+        console.print(_excerpt(exemplar, kind, marked=console.color_system is None), soft_wrap=True)
 
 
-def print_sample(store: Store, console: Console, *, neurons: int = 3, limit: int = 4) -> None:
-    """A few neurons that stand out: those whose exemplars lie furthest above their own mean."""
+def print_sample(store: Store, console: Console, *, neurons: int = 3, limit: int = 4) -> list[Neuron]:
+    """Print a few neurons that stand out: those whose exemplars lie furthest above their own mean."""
     split = store[store.splits[0]]
     kind = "max" if "max" in split.kinds else split.kinds[0]
     console.print(f"\n[bold]{escape(repr(split))}[/bold]\n", highlight=False)
     layers = np.unique(np.linspace(0, len(split.layers) - 1, neurons + 2)[1:-1].round().astype(int))
+    shown = []
     for place in layers:
         column = _most_peaked(store, split.name, kind, int(place))
         neuron = split.neuron(int(split.layers[place]), int(split.neurons[column]))
         print_neuron(neuron, console, kind=kind, limit=limit)
         console.print()
+        shown.append(neuron)
+    return shown
 
 
 def _most_peaked(store: Store, split: str, kind: str, place: int) -> int:
     scores_FR, mean_F, variance_F = store[split].layer_arrays(
         place, f"{kind}/score", "stats/mean", "stats/variance"
     )
+    # A single sequence may be a fluke; the tenth best is not.
     filled_F = np.isfinite(scores_FR).sum(axis=1)
-    median_F = scores_FR[np.arange(len(scores_FR)), np.maximum(filled_F - 1, 0) // 2]
+    score_F = scores_FR[np.arange(len(scores_FR)), np.clip(filled_F - 1, 0, 9)]
     with np.errstate(invalid="ignore", divide="ignore"):
-        heights_F = np.abs(median_F - mean_F) / np.sqrt(variance_F)
+        heights_F = np.abs(score_F - mean_F) / np.sqrt(variance_F)
     return int(np.argmax(np.where(np.isfinite(heights_F), heights_F, -1)))
 
 
-def _excerpt(exemplar: Exemplar, *, sign: int) -> Text:
-    """The tokens around the peak; the stronger the activation, the brighter the background."""
-    strength_T = np.nan_to_num(sign * exemplar.activations, nan=0.0)
+def _excerpt(exemplar: Exemplar, kind: str, *, marked: bool) -> Text:
+    """The tokens around the peak; the stronger the activation, the brighter the background.
+
+    Where there are no colours, `marked` puts the peak between guillemets.
+    """
+    acts_T = np.nan_to_num(exemplar.activations, nan=0.0)
+    down = -acts_T.min() > acts_T.max() if kind == "random" else kind == "min"
+    sign = -1 if down else 1
+    strength_T = sign * acts_T
     peak = int(np.argmax(strength_T))
-    text = Text(f"{exemplar.score:8.2f}  ", style="bold")
-    shades = _BACKGROUNDS[sign]
-    for i in range(max(0, peak - _TOKENS_AROUND_PEAK), min(len(strength_T), peak + _TOKENS_AROUND_PEAK // 2)):
-        share = strength_T[i] / strength_T[peak] if strength_T[peak] > 0 else 0.0
-        style = Style()
-        if share > 0.2:
-            style = Style(
-                bgcolor=shades[min(int(share * len(shades)), len(shades) - 1)],
-                color="white",
-                bold=i == peak,
-            )
-        text.append(_visible(exemplar.token_strings[i]), style)
+    text = Text(f"{acts_T[peak]:8.2f}  ", style="bold")
+    first, last = max(0, peak - _TOKENS_BEFORE_PEAK), peak + _TOKENS_AFTER_PEAK
+    for i, token in enumerate(exemplar.token_strings[first:last], first):
+        share = max(strength_T[i], 0) / strength_T[peak] if strength_T[peak] > 0 else 0.0
+        token = f"\u00ab{_visible(token)}\u00bb" if marked and i == peak else _visible(token)
+        text.append(token, _shade(share, sign) if share > 0.2 else "")
     return text
+
+
+def _shade(share: float, sign: int) -> Style:
+    step = min(int(share * len(_BACKGROUNDS[sign])), len(_BACKGROUNDS[sign]) - 1)
+    return Style(bgcolor=_BACKGROUNDS[sign][step], color="white" if step < 2 else "black")
 
 
 def _visible(token: str) -> str:

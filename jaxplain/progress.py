@@ -1,0 +1,35 @@
+"""Progress bars of long steps: elapsed time, estimate to the end, and sequences per minute."""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+
+Progress = Callable[..., "Bar"]
+"""Called with `total=` (None where unknown), `desc=` and `unit=`, it gives a bar."""
+
+
+class Bar(tqdm):
+    """A tqdm bar that counts per minute."""
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """What the bar's format may name."""
+        values = super().format_dict
+        per_minute = 60 * values["n"] / values["elapsed"] if values["elapsed"] else 0.0
+        return {**values, "per_minute": f"{per_minute:,.0f} {values['unit']}/min"}
+
+    def over(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, each counted as it is taken."""
+        for item in items:
+            yield item
+            self.update()
+
+
+def progress_bars(*, enabled: bool) -> Progress:
+    """How to make bars, or bars that show nothing."""
+    known = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {per_minute}]"
+    return functools.partial(Bar, disable=not enabled, dynamic_ncols=True, bar_format=known)
