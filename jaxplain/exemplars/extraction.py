@@ -71,14 +71,25 @@ class Extraction:
         pending = 0
         for batch in batches:
             rows = self._rows(batch)
-            # Wait for the step before last: the device stays busy, and progress stays honest.
-            jax.block_until_ready(jax.tree.leaves(reductions)[:1])
+            # Rows are made ready while the step before runs; waiting for it keeps progress honest.
+            jax.block_until_ready(reductions)
             advance(pending)
             reductions = self.step(reductions, self.weights, rows, neurons)
+            if pending == 0:
+                self._require_finite(reductions)
             pending = batch.rows
         jax.block_until_ready(reductions)
         advance(pending)
+        self._require_finite(reductions)
         return reductions
+
+    def _require_finite(self, reductions: Reductions) -> None:
+        for layer, reduction in sorted(reductions.items()):
+            if not np.isfinite(reduction.moments.mean_F).all():
+                raise JaxplainError(
+                    f"layer {layer} has activations that are not finite numbers in "
+                    f"{self.config.subject.dtype}; try subject.dtype float32, or check the weights."
+                )
 
     def _rows(self, batch: TokenBatch) -> Rows:
         sharding = NamedSharding(self.mesh, P("data"))
@@ -111,11 +122,6 @@ class Extraction:
             columns = self.selection.columns(int(layer))
             kept = slice(len(columns))
             statistics = merge_moments(reduction.moments)
-            if not np.isfinite(statistics.mean_F).all() and statistics.count_F[0]:
-                raise JaxplainError(
-                    f"layer {layer} has activations that are not finite numbers in "
-                    f"{self.config.subject.dtype}; try subject.dtype float32, or check the weights."
-                )
             out.write_statistics(
                 place,
                 columns,
