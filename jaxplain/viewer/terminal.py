@@ -69,7 +69,7 @@ def _excerpt(exemplar: Exemplar, kind: str, *, marked: bool) -> Text:
     text = Text(f"{acts_T[peak]:8.2f}  ", style="bold")
     first, last = max(0, peak - _TOKENS_BEFORE_PEAK), peak + _TOKENS_AFTER_PEAK
     for i, token in enumerate(exemplar.token_strings[first:last], first):
-        share = max(strength_T[i], 0) / strength_T[peak] if strength_T[peak] > 0 else 0.0
+        share = float(max(strength_T[i], 0) / strength_T[peak]) if strength_T[peak] > 0 else 0.0
         token = f"\u00ab{_visible(token)}\u00bb" if marked and i == peak else _visible(token)
         text.append(token, _shade(share, sign) if share > 0.2 else "")
     return text
