@@ -341,3 +341,10 @@ def test_config_in_the_store_is_the_whole_config(store):
     assert store.config["run"]["mesh"] == {"data": -1, "model": 2}
     assert json.dumps(store.attributes["subject"]["architecture"]["neurons"]) == "48"
     assert jnp.dtype(store.config["exemplars"]["activation_dtype"]) == jnp.float16
+
+
+def test_output_that_cannot_be_written(workspace, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(JaxplainError, match=r"file/exemplars\.zarr/ could not be written: ") as caught:
+        extract(workspace, tmp_path / "file")
+    assert "\n" not in str(caught.value)

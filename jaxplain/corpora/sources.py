@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import datasets
 import datasets.exceptions
+import jinja2
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedTokenizerBase
 
@@ -45,14 +46,34 @@ class Source:
     column: str
     layout: Literal["text", "chat"]
 
-    def document(self, record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Document:
-        """The record's document; a chat is laid out by the tokenizer's chat template."""
-        value = record[self.column]
+    def document(self, row: int, tokenizer: PreTrainedTokenizerBase) -> Document:
+        """A row's document; a chat is laid out by the tokenizer's chat template, null is no text.
+
+        Raises JaxplainError where the row's column holds something else.
+        """
+        value = self.records[row][self.column]
+        if value is None:
+            return Document(id=0, text="")
         if self.layout == "text":
-            text = value or ""
-            return Document(id=text_hash(text), text=text)
-        text = tokenizer.apply_chat_template(value, tokenize=False)
-        return Document(id=text_hash(json.dumps(value, sort_keys=True)), text=str(text))
+            if not isinstance(value, str):
+                raise JaxplainError(
+                    f"column {self.column!r} of {self.name} holds {type(value).__name__}s, not text "
+                    f"(row {row}: {value!r:.60}); choose another text_column."
+                )
+            return Document(id=text_hash(value), text=value)
+        if not _is_chat(value):
+            raise JaxplainError(
+                f"column {self.column!r} of {self.name} must hold lists of {{role, content}}, but row "
+                f"{row} is {value!r:.60}; choose another chat_column, or convert the data."
+            )
+        try:
+            text = tokenizer.apply_chat_template(value, tokenize=False)
+        except jinja2.TemplateError as error:
+            raise JaxplainError(
+                f"the subject's chat template refuses row {row} of {self.name}: {_first_line(error)}; "
+                "convert the data, or use another subject."
+            ) from error
+        return Document(id=text_hash(json.dumps(value, sort_keys=True, default=str)), text=str(text))
 
 
 def open_source(config: SourceConfig, tokenizer: PreTrainedTokenizerBase) -> Source:
@@ -86,6 +107,12 @@ def open_source(config: SourceConfig, tokenizer: PreTrainedTokenizerBase) -> Sou
     if len(records) == 0:
         raise JaxplainError(f"{config.name} holds no documents.")
     return Source(name=config.name, weight=config.weight, records=records, column=column, layout=layout)
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(message, dict) and {"role", "content"} <= message.keys() for message in value
+    )
 
 
 def _load(config: SourceConfig) -> datasets.Dataset:

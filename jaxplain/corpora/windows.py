@@ -89,7 +89,7 @@ def _packed_windows(
         grain.MapDataset.range(len(source.records))
         .seed(config.seed)
         .shuffle()
-        .map(lambda row: source.document(source.records[row], tokenizer))
+        .map(lambda row: source.document(row, tokenizer))
         .filter(lambda document: bool(document.text) and split_of(document.id, config.splits) == split)
         .map(tokenise)
         .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64))

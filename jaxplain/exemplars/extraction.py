@@ -39,8 +39,14 @@ class Extraction:
         """Extract a split whose token table is written already."""
         config = self.config
         table = writer.read_sequences(split)
+        rows, tokens = table["token"].shape
+        if rows * tokens // self.mesh.shape["data"] >= 2**32:
+            raise JaxplainError(
+                f"split {split!r} has {rows * tokens:.1e} tokens, more than the 4.3e9 per data shard "
+                "that can be counted; lower corpus.max_sequences or spread over more devices."
+            )
         batches = token_batches(table, batch_size=config.run.batch_size, seed=config.corpus.seed)
-        with progress(total=table["token"].shape[0], desc=f"{split}: read", unit="sequences") as bar:
+        with progress(total=rows, desc=f"{split}: read", unit="sequences") as bar:
             reductions = self._reduce(batches, bar.update)
         out = writer.create_split(
             split,

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxplain.exemplars.reduction import LayerReduction, partition_specs
-from jaxplain.exemplars.topk import EMPTY, TopK
+from jaxplain.exemplars.topk import TopK
 
 
 class Ranked(NamedTuple):
@@ -69,6 +69,6 @@ def _merge_shard(top: TopK) -> Ranked:
     mine_FRT = jnp.where((owner_FR == part)[:, :, None], mine_FRT, 0)
     return Ranked(
         priority_FR=priority_FR,
-        sequence_FR=jnp.where(priority_FR == -jnp.inf, EMPTY, sequence_FR),
+        sequence_FR=sequence_FR,
         activation_FRT=lax.psum(mine_FRT, "data"),
     )

@@ -1,9 +1,13 @@
 """Files and arrays at a path or URL (local, gs://, s3://, http(s)://), by tensorstore."""
 
+import contextlib
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorstore as ts
 
 from jaxplain.errors import JaxplainError
@@ -30,6 +34,18 @@ class Files:
         except ValueError as error:
             raise JaxplainError(f"{path} is not a path or URL that can be opened: {error}.") from error
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn a failure to write within (permissions, a full disk, a lost network) into one sentence."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            reason = re.sub(r"\s*\[.*", "", str(error).splitlines()[0]).rstrip(".")
+            raise JaxplainError(
+                f"{self.url} could not be written: {reason}; make room or choose another output, and "
+                "run again."
+            ) from error
+
     def read_json(self, name: str) -> dict[str, Any] | None:
         """A JSON file's contents; None where there is no such file."""
         result = self._store.read(name).result()
@@ -37,19 +53,34 @@ class Files:
 
     def write_json(self, name: str, contents: dict[str, Any]) -> None:
         """Write a JSON file, atomically."""
-        self._store.write(name, json.dumps(contents, indent=1).encode()).result()
+        with self._writing():
+            self._store.write(name, json.dumps(contents, indent=1).encode()).result()
 
     def is_empty(self) -> bool:
         """Whether the folder holds no files, or is not there."""
-        return not self._store.list().result()
+        with self._writing():
+            return not self._store.list().result()
 
     def delete_all(self) -> None:
         """Remove every file in the folder."""
-        self._store.delete_range(ts.KvStore.KeyRange()).result()
+        with self._writing():
+            self._store.delete_range(ts.KvStore.KeyRange()).result()
 
     def create_array(self, name: str, spec: ArraySpec) -> ts.TensorStore:
         """Make an array, in place of any of that name."""
-        return self._open(name, metadata=spec.metadata(), create=True, delete_existing=True)
+        with self._writing():
+            return self._open(name, metadata=spec.metadata(), create=True, delete_existing=True)
+
+    def resize_array(self, array: ts.TensorStore, rows: int) -> ts.TensorStore:
+        """The array with another length of its first axis."""
+        with self._writing():
+            return array.resize(exclusive_max=[rows, *array.shape[1:]]).result()
+
+    def write(self, *targets: tuple[ts.TensorStore, np.ndarray]) -> None:
+        """Write values to (parts of) arrays, all at once, and wait for them."""
+        with self._writing():
+            for future in [array.write(values) for array, values in targets]:
+                future.result()
 
     def open_array(self, name: str) -> ts.TensorStore:
         """Open an array for reading. Raises ValueError where there is none."""

@@ -39,7 +39,7 @@ class StoreWriter:
         specs = schema.vocabulary_arrays(tokens=len(tokens), characters=len(text))
         self._write_group("vocabulary")
         for name, values in (("text", text), ("end", end)):
-            self._files.create_array(f"vocabulary/{name}", specs[name]).write(values).result()
+            self._files.write((self._files.create_array(f"vocabulary/{name}", specs[name]), values))
 
     def write_sequences(self, split: str, blocks: Iterable[SequenceBlock], *, tokens: int) -> int:
         """Write a split's token table block by block; the number of its rows."""
@@ -54,9 +54,8 @@ class StoreWriter:
             stop = rows + len(block.corpus_N)
             for name, array in arrays.items():
                 values = getattr(block, "token_NT" if name == "token" else f"{name}_N")
-                array = array.resize(exclusive_max=[stop, *array.shape[1:]]).result()
-                array[rows:stop].write(values).result()
-                arrays[name] = array
+                arrays[name] = self._files.resize_array(array, stop)
+                self._files.write((arrays[name][rows:stop], values))
             rows = stop
         return rows
 
@@ -80,7 +79,7 @@ class StoreWriter:
         for name, values in (("layer", layers), ("neuron", neurons)):
             spec = schema.vector(name, len(values), "int32")
             array = self._files.create_array(f"{split}/{name}", spec)
-            array.write(np.asarray(values, np.int32)).result()
+            self._files.write((array, np.asarray(values, np.int32)))
         sizes = {"layers": len(layers), "neurons": len(neurons)}
         groups = {"stats": schema.statistics_arrays(**sizes)}
         for kind in kinds:
@@ -90,7 +89,7 @@ class StoreWriter:
             self._write_group(f"{split}/{group}")
             for name, spec in specs.items():
                 arrays[f"{group}/{name}"] = self._files.create_array(f"{split}/{group}/{name}", spec)
-        return SplitWriter(arrays)
+        return SplitWriter(self._files, arrays)
 
     def finish(self) -> None:
         """Mark the store complete."""
@@ -107,8 +106,8 @@ class StoreWriter:
 class SplitWriter:
     """The exemplars and statistics of one split, written layer by layer."""
 
-    def __init__(self, arrays: dict[str, ts.TensorStore]):
-        self._arrays = arrays
+    def __init__(self, files: Files, arrays: dict[str, ts.TensorStore]):
+        self._files, self._arrays = files, arrays
 
     def write_exemplars(
         self,
@@ -122,17 +121,19 @@ class SplitWriter:
     ) -> None:
         """Write one layer's exemplars of one kind; `layer` and `columns` are places on the axes."""
         values = {"score": score_NR, "sequence": sequence_NR, "activation": activation_NRT}
-        writes = [
-            self._arrays[f"{kind}/{name}"][layer, columns].write(array) for name, array in values.items()
-        ]
-        for write in writes:
-            write.result()
+        self._files.write(
+            *((self._arrays[f"{kind}/{name}"][layer, columns], array) for name, array in values.items())
+        )
 
     def write_statistics(self, layer: int, columns: Int[np.ndarray, "N"], **values_N: np.ndarray) -> None:
         """Write one layer's statistics, by the names in `schema.STATISTICS`."""
-        for name in schema.STATISTICS:
-            array = self._arrays[f"stats/{name}"]
-            array[layer, columns].write(values_N[name].astype(array.dtype.numpy_dtype)).result()
+        arrays = {name: self._arrays[f"stats/{name}"] for name in schema.STATISTICS}
+        self._files.write(
+            *(
+                (array[layer, columns], values_N[name].astype(array.dtype.numpy_dtype))
+                for name, array in arrays.items()
+            )
+        )
 
 
 def blocks_of(rows: Iterable[SequenceBlock], size: int) -> Iterator[SequenceBlock]:

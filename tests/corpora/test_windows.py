@@ -204,7 +204,7 @@ def test_local_files_of_every_format(kind, tokenizer, tmp_path):
         file = write(tmp_path / "a.txt", "first document\nsecond, with a comma\n")
         fields["text_column"] = "text"
     opened = open_source(SourceConfig(**fields, data_files=file), tokenizer)
-    assert [opened.document(record, tokenizer).text for record in opened.records] == texts
+    assert [opened.document(row, tokenizer).text for row in range(2)] == texts
 
 
 def test_chat_column_goes_through_the_template(tokenizer, tmp_path):
@@ -212,7 +212,7 @@ def test_chat_column_goes_through_the_template(tokenizer, tmp_path):
     opened = open_source(
         SourceConfig(dataset="json", data_files=str(file), chat_column="messages"), tokenizer
     )
-    text = opened.document(opened.records[0], tokenizer).text
+    text = opened.document(0, tokenizer).text
     assert text.startswith("<|user|>0: ")
     assert text.endswith("<|end|>")
     assert "<|end|><|assistant|>" in text
@@ -246,6 +246,28 @@ def test_bad_sources_in_one_sentence(fields, message, tokenizer, tmp_path, monke
     with pytest.raises(JaxplainError, match=message) as caught:
         open_source(SourceConfig(**fields), tokenizer)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("text", 5, "column 'text' of made-up holds ints, not text .row 0: 5."),
+        ("chat", "hello", r"must hold lists of \{role, content\}, but row 0 is 'hello'"),
+        ("chat", [{"role": "user"}], "must hold lists of"),
+        ("chat", 7, "must hold lists of"),
+    ],
+)
+def test_rows_of_the_wrong_kind(column, value, message, tokenizer):
+    records = [{"text": value}]
+    opened = Source(name="made-up", weight=1.0, records=records, column="text", layout=column)
+    with pytest.raises(JaxplainError, match=message) as caught:
+        windows([opened], config(), tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+def test_null_is_no_text(tokenizer):
+    assert windows([source([None, "", "one document"])], config(), tokenizer)[0].length > 2
+    assert windows([source([None])], config(), tokenizer) == []
 
 
 def test_chat_data_needs_a_chat_template(tmp_path):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 
+from jaxplain.exemplars.extraction import counted_tokens
 from jaxplain.exemplars.merging import merge_partials
 from jaxplain.exemplars.moments import merge_moments
 from jaxplain.exemplars.reduction import KINDS, Fold, Rows, empty_reduction
@@ -90,7 +91,8 @@ def test_equals_oracle_on_every_mesh(shape):
 
 @pytest.mark.parametrize("shape", MESHES)
 def test_ties_go_to_the_lower_sequence_on_every_mesh(shape):
-    acts = draw(1, 43, 5, 8, levels=1)
+    """Few levels, so that equals stand at the edge of the top k, and are pushed out by stronger ones."""
+    acts = draw(1, 91, 2, 8, levels=8)
     result = reduce(*acts, k=5, batch=16, mesh=make_mesh(*shape))
     assert_equals_oracle(result, *acts, 5)
 
@@ -163,3 +165,11 @@ def test_statistics_survive_a_large_mean():
     _, mean, variance, _ = oracle.statistics(acts_NTF, counted_NT)
     np.testing.assert_allclose(statistics.mean_F, mean, rtol=1e-6)
     np.testing.assert_allclose(statistics.variance_F, variance, rtol=1e-3)
+
+
+def test_tokens_that_count():
+    tokens_BT = np.array([[7, 3, 9, 3], [5, 5, -1, -1]])
+    counted_BT = counted_tokens(tokens_BT, excluded=frozenset([3]), first=1)
+    assert counted_BT.tolist() == [[False, False, True, False], [False, True, False, False]]
+    everything = counted_tokens(tokens_BT, excluded=frozenset(), first=0)
+    assert everything.tolist() == [[True] * 4, [True, True, False, False]]
