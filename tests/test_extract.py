@@ -13,6 +13,7 @@ import jaxplain
 from jaxplain.corpora.hashing import lottery
 from jaxplain.errors import JaxplainError
 from jaxplain.exemplars.extraction import counted_tokens
+from jaxplain.exemplars.step import make_step
 from jaxplain.extract import main
 from tests import oracle, tiny
 from tests.subjects.test_decoder import make_mesh, sown_activations
@@ -324,16 +325,26 @@ def test_existing_output_is_kept_unless_told(workspace, tmp_path):
     with pytest.raises(JaxplainError, match="names layer 99"):
         extract(workspace, tmp_path, "--overwrite", "--neurons.layers", "[99]")
     assert (tmp_path / "exemplars.zarr" / "zarr.json").read_text() == before
-    store = extract(workspace, tmp_path, "--overwrite", "--neurons.layers", "[1]")
+    arguments = ["--neurons.layers", "[1]", "--exemplars.splits", "[train]"]
+    store = extract(workspace, tmp_path, "--overwrite", *arguments)
     assert store["train"].layers.tolist() == [1]
+    assert not (tmp_path / "exemplars.zarr" / "valid").exists(), "nothing of the old store is left"
 
 
-def test_activations_that_are_not_finite_are_an_error(workspace, tmp_path):
+def test_activations_that_are_not_finite_are_an_error_at_once(workspace, tmp_path, monkeypatch):
+    steps = []
+
+    def counting(*arguments):
+        step, weights = make_step(*arguments)
+        return lambda *inputs: steps.append(1) or step(*inputs), weights
+
+    monkeypatch.setattr("jaxplain.extract.make_step", counting)
     weights = tiny.tensors(tiny.LLAMA)
     weights["model.layers.1.mlp.up_proj.weight"][0, 0] = np.nan
     folder = tiny.write_model(tmp_path / "model", weights=weights)
     with pytest.raises(JaxplainError, match="layer 1 has activations that are not finite"):
         extract(workspace, tmp_path / "run", "--subject.id", str(folder))
+    assert len(steps) == 1
 
 
 def test_config_in_the_store_is_the_whole_config(store):

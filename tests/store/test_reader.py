@@ -186,6 +186,6 @@ def test_shown_in_a_terminal(path, capsys):
     main([str(path), "--layer", "6", "--neuron", "9", "--limit", "2"])
     shown = capsys.readouterr().out
     assert "layer 6, neuron 9" in shown
-    assert "the cat" in shown
+    assert "the cat\u00ab\ufffd\u00bb" in shown, "without colours the peak is marked"
     assert "115.00" in shown, "the peak activation, not the score of these made-up arrays"
     assert shown.count("\n") == 4, "a line of statistics that wraps, and two excerpts"
