@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import re
 import sys
 import textwrap
@@ -10,7 +11,7 @@ from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from jaxplain.errors import JaxplainError
 
@@ -18,6 +19,9 @@ Config = TypeVar("Config")
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
+
+TRACEBACK = "--traceback"
+_FLAGS: set[str] = set()
 
 _UNKNOWN_KEY = re.compile(r"(?:does not accept option|Option|unrecognized arguments:) '?(?:--)?([\w.]+)")
 
@@ -27,29 +31,46 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
     `--traceback` shows where an error came from.
     """
-    arguments = [argument for argument in sys.argv[1:] if argument != "--traceback"]
+    arguments = [argument for argument in sys.argv[1:] if argument != TRACEBACK]
     try:
         main(arguments)
     except JaxplainError as error:
-        if "--traceback" in sys.argv[1:]:
+        if TRACEBACK in sys.argv[1:]:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_ERROR)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        print("interrupted", file=sys.stderr, flush=True)
+        # Not sys.exit: taking threads of XLA and Grain down in the middle of their work can crash.
+        os._exit(EXIT_INTERRUPTED)
 
 
 def config_parser(config_class: type, *, prog: str) -> ArgumentParser:
     """A parser of `--config FILE` and `--any.field value` for a config dataclass."""
     parser = ArgumentParser(
-        prog=prog, description=(config_class.__doc__ or "").split("\n")[0], exit_on_error=False
+        prog=prog,
+        description=(config_class.__doc__ or "").split("\n")[0],
+        exit_on_error=False,
+        formatter_class=_HelpFormatter,
     )
     parser.epilog = "\n".join(_describe_list_items(config_class))
     parser.add_argument("--config", action="config", help="A YAML file with any of the fields below.")
-    parser.add_argument("--traceback", action="store_true", help="Show where an error came from.")
+    add_flag(parser, TRACEBACK, "Show where an error came from.")
     parser.add_class_arguments(config_class, as_group=False)
     return parser
+
+
+class _HelpFormatter(DefaultHelpFormatter):
+    """Leaves the lines of the epilog as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(indent + line for line in text.splitlines())
+
+
+def add_flag(parser: ArgumentParser, flag: str, description: str) -> None:
+    """Add a switch that is given on the command line, and never in a config file."""
+    _FLAGS.add(flag)
+    parser.add_argument(flag, action="store_true", help=description)
 
 
 def parse_config(
@@ -64,6 +85,11 @@ def parse_config(
         values = parser.instantiate(namespace)
     except ArgumentError as error:
         raise JaxplainError(_one_sentence(str(error), config_class)) from error
+    except UnicodeDecodeError as error:
+        raise JaxplainError(f"the config file is not UTF-8 text: {error}.") from error
+    for flag in _FLAGS:
+        if values.get(flag.removeprefix("--")) and flag not in arguments:
+            raise JaxplainError(f"{flag} is for the command line; take it out of the config file.")
     fields = typing.get_type_hints(config_class)
     return config_class(**{name: values[name] for name in fields}), values
 
@@ -82,7 +108,7 @@ def _one_sentence(message: str, config_class: type) -> str:
     lines = [line.strip().removesuffix(":") for line in message.strip().splitlines()]
     text = ": ".join(dict.fromkeys(line for line in lines if line))
     text = re.sub(r'Parser key "([\w.]+)"', r"config key \1", text)
-    text = re.sub(r"<class '(\w+)'>", r"\1", text)
+    text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.Literal", "one of ")
     return text.rstrip(".") + "."
 
 

@@ -5,6 +5,7 @@ Field descriptions here are what `--help` prints. Construction validates and doe
 
 import dataclasses
 import math
+import re
 from typing import Literal
 
 from jaxplain.errors import JaxplainError
@@ -31,13 +32,17 @@ class SubjectConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
+_DATASET_FIELDS = ("config", "revision", "data_files", "text_column", "chat_column")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """One source of text. Give either a preset, or a dataset.
 
     Args:
         preset: A named source: wikipedia-leads or chitchat.
-        dataset: A Hugging Face dataset's name, or json, csv, parquet or text for local data_files.
+        dataset: A Hugging Face dataset's name, or json, csv, parquet or text for local data_files. In
+            a text file every line is a document.
         config: The dataset's configuration name, where it has several.
         revision: Branch, tag or commit of the dataset.
         split: Which part of the dataset to read.
@@ -71,6 +76,13 @@ class SourceConfig:
             "corpus.sources.weight",
             self.weight,
             "give a positive number",
+        )
+        taken = [name for name in _DATASET_FIELDS if getattr(self, name) is not None]
+        _require(
+            self.preset is None or not taken,
+            "corpus.sources.preset",
+            self.preset,
+            f"it sets {', '.join(taken)} itself, so leave that out",
         )
         _require(
             self.text_column is None or self.chat_column is None,
@@ -113,13 +125,13 @@ class CorpusConfig:
         sequence_length: Tokens per sequence, a BOS token included where the subject expects one.
         stride: Tokens from the start of one sequence to the start of the next; by default no overlap.
         separator: Put the tokenizer's EOS token between documents.
-        max_sequences: Sequences per split; 0 means as many as the sources give.
+        max_sequences: Sequences per split; 0 means until one of the sources runs out.
         splits: Share of the documents in each split; a document is in one split only, by its hash.
         exclude: Tokens that never count.
         seed: Of the order of documents and of the draw for random exemplars.
     """
 
-    sources: list[SourceConfig]
+    sources: tuple[SourceConfig, ...]
     sequence_length: int = 96
     stride: int | None = None
     separator: bool = True
@@ -149,6 +161,20 @@ class CorpusConfig:
             "corpus.max_sequences",
             self.max_sequences,
             "give 0 for all, or a positive number",
+        )
+        _require(0 <= self.seed < 2**32, "corpus.seed", self.seed, "give a number from 0")
+        for name in self.splits:
+            _require(
+                re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None and name != "vocabulary",
+                "corpus.splits",
+                name,
+                "name splits with letters, digits, - and _ (vocabulary is taken)",
+            )
+        _require(
+            0 <= self.exclude.first < self.sequence_length,
+            "corpus.exclude.first",
+            self.exclude.first,
+            f"give 0 to {self.sequence_length - 1} tokens",
         )
         shares = self.splits.values()
         _require(
@@ -264,6 +290,7 @@ class ExtractConfig:
     run: RunConfig = RunConfig()
 
     def __post_init__(self) -> None:
+        _require(bool(self.output.strip()), "output", self.output, "name a folder")
         for split in self.exemplars.splits:
             _require(
                 split in self.corpus.splits,

@@ -1,6 +1,8 @@
 """python -m jaxplain.extract: find the exemplars of every neuron of a model, in one pass over a corpus."""
 
 import dataclasses
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import jax
 from rich.console import Console
 
 import jaxplain
-from jaxplain.commands import config_parser, parse_config, run
+from jaxplain.commands import add_flag, config_parser, parse_config, run
 from jaxplain.configs import CorpusConfig, ExtractConfig
 from jaxplain.corpora.sources import Source, open_source
 from jaxplain.corpora.tokens import write_token_table
@@ -29,21 +31,22 @@ from jaxplain.viewer.terminal import print_sample
 def main(arguments: Sequence[str]) -> None:
     """Parse, extract, and show a little of what was found."""
     parser = config_parser(ExtractConfig, prog="python -m jaxplain.extract")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="Replace the store that the output folder holds."
-    )
+    add_flag(parser, "--overwrite", "Replace the store that the output folder holds, at the end.")
     config, options = parse_config(parser, ExtractConfig, arguments)
     extract(config, overwrite=options.overwrite)
     shown = print_sample(jaxplain.open_store(config.output), Console())
-    print(f"The store is {_join(config.output, STORE_NAME)}. Look at any neuron, from either side:")
+    side = "min" if "min" in config.exemplars.kinds else config.exemplars.kinds[0]
+    print(f"The store is {_join(config.output, STORE_NAME)}. Look at any neuron, from any side:")
     print(
-        f"  python -m jaxplain.show {config.output} --layer {shown[-1].layer} "
-        f"--neuron {shown[-1].index} --kind {config.exemplars.kinds[-1]}"
+        f"  {_python()} -m jaxplain.show {shlex.quote(config.output)} --layer {shown[-1].layer} "
+        f"--neuron {shown[-1].index} --kind {side}"
     )
 
 
 def extract(config: ExtractConfig, *, overwrite: bool = False) -> None:
-    """Run an extraction. Nothing is written before everything that can be checked has been.
+    """Run an extraction.
+
+    A store that is to be replaced stays until the new one is complete (on local disks).
 
     Raises JaxplainError for anything in the config that does not fit the subject, corpus or devices.
     """
@@ -70,17 +73,29 @@ def extract(config: ExtractConfig, *, overwrite: bool = False) -> None:
         mlp_width=subject.arch.neurons,
     )
 
-    Files(path).delete_all()
     writer = StoreWriter(path, _attributes(config, subject, sources))
     writer.write_vocabulary(token_bytes(subject.tokenizer, subject.arch.vocabulary))
     progress = progress_bars(enabled=config.run.progress and jax.process_index() == 0)
     for split in config.exemplars.splits:
-        rows = write_token_table(writer, sources, config.corpus, split, subject.tokenizer, progress)
-        wanted = config.corpus.max_sequences
-        if rows < wanted and jax.process_index() == 0:
-            print(f"{split}: a source ran out after {rows} of {wanted} sequences; going on with those")
+        table = write_token_table(
+            writer,
+            sources,
+            config.corpus,
+            split,
+            subject.tokenizer,
+            progress,
+            vocabulary=subject.arch.vocabulary,
+        )
+        if table.ended_by is not None and jax.process_index() == 0:
+            print(f"{split}: {table.ended_by} ran out, so there are {table.rows} sequences")
         extraction.run_split(writer, split, progress)
     writer.finish()
+
+
+def _python() -> str:
+    """How the user would call this Python from here."""
+    path = Path(sys.executable)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
 
 
 def _excluded_tokens(config: CorpusConfig, subject: Subject) -> frozenset[int]:
@@ -89,6 +104,12 @@ def _excluded_tokens(config: CorpusConfig, subject: Subject) -> frozenset[int]:
         *tokenizer.all_special_ids,
         *(number for number, token in tokenizer.added_tokens_decoder.items() if token.special),
     ]
+    for token in config.exclude.tokens:
+        if not 0 <= token < subject.arch.vocabulary:
+            raise JaxplainError(
+                f"corpus.exclude.tokens names token {token}, but the subject's tokens are 0 to "
+                f"{subject.arch.vocabulary - 1}."
+            )
     return frozenset(config.exclude.tokens) | frozenset(special if config.exclude.special else [])
 
 

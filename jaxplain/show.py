@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from jaxplain.commands import run
+from jaxplain.errors import JaxplainError
 from jaxplain.store.reader import open_store
 from jaxplain.viewer.terminal import print_neuron
 
@@ -23,7 +24,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--split", help="split; the store's first one by default")
     parser.add_argument("--kind", default="max", help="max, min or random")
     parser.add_argument("--limit", type=int, default=10, help="exemplars to show")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     options = parser.parse_args(list(arguments))
+    if options.limit < 1:
+        raise JaxplainError(f"--limit is {options.limit}; give a positive number.")
     store = open_store(options.run)
     neuron = store[options.split or store.splits[0]].neuron(options.layer, options.neuron)
     print_neuron(neuron, Console(), kind=options.kind, limit=options.limit)

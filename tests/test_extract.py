@@ -1,6 +1,7 @@
 """The command, end to end on tiny models: its store against brute force, and every bad input."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -152,12 +153,18 @@ def test_fewer_sequences_than_wanted_is_said(workspace, tmp_path, capsys):
     store = extract(workspace, tmp_path, "--corpus.max_sequences", "5000", "--neurons.layers", "[0]")
     rows = store["train"].sequence_count
     assert 100 < rows < 5000
-    assert f"train: a source ran out after {rows} of 5000 sequences" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"train: {workspace / 'docs.jsonl'} ran out, so there are {rows} sequences" in said
 
 
-def test_zero_means_every_sequence(workspace, tmp_path, capsys):
+def test_zero_means_until_a_source_runs_out(workspace, tmp_path, capsys):
     store = extract(workspace, tmp_path, "--corpus.max_sequences", "0", "--neurons.layers", "[0]")
     assert store["train"].sequence_count > SEQUENCES
+    assert "ran out" in capsys.readouterr().out
+
+
+def test_nothing_is_said_when_no_source_runs_out(workspace, tmp_path, capsys):
+    extract(workspace, tmp_path, "--neurons.layers", "[0]")
     assert "ran out" not in capsys.readouterr().out
 
 
@@ -165,7 +172,8 @@ def test_ends_with_a_sample_and_the_next_command(workspace, tmp_path, capsys):
     extract(workspace, tmp_path, "--neurons.layers", "[0, 1]")
     shown = capsys.readouterr().out
     assert "layer 0, neuron" in shown
-    assert f"python -m jaxplain.show {tmp_path} --layer" in shown
+    assert f"-m jaxplain.show {tmp_path} --layer" in shown
+    assert "--kind min" in shown
 
 
 def test_same_config_gives_the_same_files(workspace, tmp_path):
@@ -255,6 +263,17 @@ def test_help_describes_every_field():
             "no such file: /no/file.jsonl",
         ),
         (["--corpus.sources", "[]"], "corpus.sources is .*; give at least one source"),
+        (["--corpus.seed", "-1"], "corpus.seed is -1; give a number from 0"),
+        (["--corpus.splits", '{"../up": 1.0}'], "corpus.splits is '../up'; name splits with letters"),
+        (["--corpus.splits", '{"vocabulary": 1.0}'], "vocabulary is taken"),
+        (["--corpus.exclude.first", "-1"], "exclude.first is -1; give 0 to 19 tokens"),
+        (["--corpus.exclude.first", "20"], "exclude.first is 20; give 0 to 19 tokens"),
+        (["--corpus.exclude.tokens", "[384]"], "names token 384, but the subject's tokens are 0 to 383"),
+        (["--corpus.sources", "[{preset: chitchat, text_column: a}]"], "sets text_column itself"),
+        (["--output", ""], "output is ''; name a folder"),
+        (["--neurons.layers", "[99999999999999999999]"], "names layer 99999999999999999999, but"),
+        (["--exemplars.k", "1000000000"], "too little memory for exemplars.k 1000000000"),
+        (["--subject.id", ""], "subject.id is '', but there is no such folder"),
         (["--neurons.layers", "[3]"], "names layer 3, but the subject's layers are 0 to 2"),
         (["--neurons.indices", "[-1]"], "names neuron -1, but the subject's neurons are 0 to 47"),
         (["--neurons.indices", "[]"], "neurons.indices names no neuron"),
@@ -262,7 +281,8 @@ def test_help_describes_every_field():
         (["--run.mesh.model", "3"], "data -1 x model 3, which does not make the 8 devices"),
         (["--run.mesh.model", "0"], "does not make the 8 devices"),
         (["--run.batch_size", "12"], "batch_size is 12, which the 8 devices"),
-        (["--subject.id", "/no/such/folder"], "which is no packaged subject"),
+        (["--subject.id", "/no/such/folder"], "'/no/such/folder', but there is no such folder"),
+        (["--subject.id", "no/such-model"], "which is no packaged subject"),
         (["--subject.dtype", "int8"], "subject.dtype"),
         (["--config", "/no/config.yaml"], "does not exist.*/no/config.yaml"),
     ],
@@ -274,7 +294,8 @@ def test_bad_input(workspace, tmp_path, arguments, message, monkeypatch):
     with pytest.raises(JaxplainError, match=message) as caught:
         extract(workspace, tmp_path / "run", *arguments)
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "run").exists(), "nothing is written before everything is checked"
+    with pytest.raises(JaxplainError, match=r"there is no store|is incomplete"):
+        jaxplain.open_store(tmp_path / "run")
 
 
 def test_mesh_must_divide_the_neurons(workspace, tmp_path):
@@ -321,9 +342,13 @@ def test_existing_output_is_kept_unless_told(workspace, tmp_path):
     before = (tmp_path / "exemplars.zarr" / "zarr.json").read_text()
     with pytest.raises(JaxplainError, match=r"exists already; .* --overwrite"):
         extract(workspace, tmp_path)
-    # A bad config does not cost the old store even when it may be replaced.
+    # A run that fails does not cost the old store even when it may be replaced.
     with pytest.raises(JaxplainError, match="names layer 99"):
         extract(workspace, tmp_path, "--overwrite", "--neurons.layers", "[99]")
+    (tmp_path / "blank.jsonl").write_text('{"text": ""}\n{"text": ""}\n')
+    blank = f"[{{dataset: json, data_files: {tmp_path / 'blank.jsonl'}}}]"
+    with pytest.raises(JaxplainError, match="corpus is empty"):
+        extract(workspace, tmp_path, "--overwrite", "--corpus.sources", blank)
     assert (tmp_path / "exemplars.zarr" / "zarr.json").read_text() == before
     arguments = ["--neurons.layers", "[1]", "--exemplars.splits", "[train]"]
     store = extract(workspace, tmp_path, "--overwrite", *arguments)
@@ -354,8 +379,68 @@ def test_config_in_the_store_is_the_whole_config(store):
     assert jnp.dtype(store.config["exemplars"]["activation_dtype"]) == jnp.float16
 
 
+def test_sources_on_the_command_line_replace_those_of_the_config(workspace):
+    """Lists of equal length are not merged item by item."""
+    from jaxplain.commands import config_parser, parse_config
+    from jaxplain.configs import ExtractConfig
+
+    sources = "[{preset: chitchat}, {dataset: text, data_files: a.txt}]"
+    arguments = ["--config", str(workspace / "config.yaml"), "--corpus.sources", sources]
+    config, _ = parse_config(config_parser(ExtractConfig, prog="x"), ExtractConfig, arguments)
+    assert [s.preset for s in config.corpus.sources] == ["chitchat", None]
+    assert [s.chat_column for s in config.corpus.sources] == [None, None]
+    assert [s.weight for s in config.corpus.sources] == [1.0, 1.0]
+
+
+def test_flags_do_not_belong_into_configs(workspace, tmp_path):
+    config = yaml.safe_load((workspace / "config.yaml").read_text()) | {"overwrite": True}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(JaxplainError, match="--overwrite is for the command line"):
+        main(["--config", str(tmp_path / "config.yaml")])
+    (tmp_path / "config.yaml").write_bytes(b"output: \xff\xfe")
+    with pytest.raises(JaxplainError, match="not UTF-8"):
+        main(["--config", str(tmp_path / "config.yaml")])
+
+
+def test_tokenizer_of_another_model_is_refused(workspace, tmp_path):
+    folder = tiny.write_model(tmp_path / "model", tiny.LLAMA | {"vocab_size": 300})
+    with pytest.raises(JaxplainError, match=r"gives token 3.., but the subject has embeddings of 300"):
+        extract(workspace, tmp_path / "run", "--subject.id", str(folder))
+
+
+@pytest.mark.parametrize("file", ["pairs.npz", "empty.npy", "folder"])
+def test_files_of_pairs_that_are_none(workspace, tmp_path, file):
+    np.savez(tmp_path / "pairs.npz", a=np.zeros((1, 2), int))
+    (tmp_path / "empty.npy").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(JaxplainError, match=r"neurons\.file"):
+        extract(workspace, tmp_path / "run", "--neurons.file", str(tmp_path / file))
+
+
+def test_interrupt_ends_with_one_word_and_its_own_status(workspace, tmp_path):
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "jaxplain.extract", "--config", str(workspace / "config.yaml")),
+            *("--output", str(tmp_path), "--corpus.max_sequences", "0", "--run.progress", "true"),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    said = ""
+    with process:
+        while "train: read" not in said and (character := process.stderr.read(1)):
+            said += character
+        process.send_signal(signal.SIGINT)
+        said += process.stderr.read()
+    assert process.returncode == 130
+    assert said.rstrip().endswith("interrupted")
+    assert "Traceback" not in said
+    with pytest.raises(JaxplainError, match="is incomplete"):
+        jaxplain.open_store(tmp_path)
+
+
 def test_output_that_cannot_be_written(workspace, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(JaxplainError, match=r"file/exemplars\.zarr/ could not be written: ") as caught:
+    with pytest.raises(JaxplainError, match=r"file/exemplars\.zarr.* could not be written: ") as caught:
         extract(workspace, tmp_path / "file")
     assert "\n" not in str(caught.value)

@@ -8,7 +8,6 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import datasets
 import datasets.exceptions
 import jinja2
-from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedTokenizerBase
 
 from jaxplain.configs import SourceConfig
@@ -116,6 +115,8 @@ def _is_chat(value: Any) -> bool:
 
 
 def _load(config: SourceConfig) -> datasets.Dataset:
+    # What it logs on the way to an exception, the exception says too.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     options: dict[str, Any] = {}
     if config.dataset in _LOCAL_FORMATS:
         if config.data_files is None:
@@ -144,12 +145,12 @@ def _load(config: SourceConfig) -> datasets.Dataset:
             f"the dataset {config.dataset!r} could not be found: {_first_line(error)}. Check its "
             f"name, or use one of {', '.join(_LOCAL_FORMATS)} with data_files for local files."
         ) from error
-    except (ConnectionError, HfHubHTTPError) as error:
+    except (ConnectionError, OSError) as error:
         raise JaxplainError(
             f"the dataset {config.dataset!r} could not be fetched: {_first_line(error)}. "
             "Check the network, or the access token for a gated dataset."
         ) from error
-    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+    except Exception as error:  # each of the readers behind `datasets` has errors of its own
         raise JaxplainError(
             f"the dataset {config.name!r} could not be read: {_first_line(error.__cause__ or error)}."
         ) from error

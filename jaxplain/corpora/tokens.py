@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
@@ -13,12 +13,20 @@ from transformers import PreTrainedTokenizerBase
 from jaxplain.configs import CorpusConfig
 from jaxplain.corpora.hashing import lottery
 from jaxplain.corpora.sources import Source
-from jaxplain.corpora.windows import PADDING, Window, windows_of_split
+from jaxplain.corpora.windows import PADDING, Window, exhausted_source, windows_of_split
 from jaxplain.errors import JaxplainError
 from jaxplain.progress import Progress
 from jaxplain.store.writer import SequenceBlock, StoreWriter, blocks_of
 
 _ROWS_PER_WRITE = 4096
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenTable:
+    """What was written: how many rows, and the name of the source that ended it by running out."""
+
+    rows: int
+    ended_by: str | None
 
 
 def write_token_table(
@@ -28,23 +36,34 @@ def write_token_table(
     split: str,
     tokenizer: PreTrainedTokenizerBase,
     progress: Progress,
-) -> int:
-    """Cut the split's windows and write them; the number of rows.
+    *,
+    vocabulary: int,
+) -> TokenTable:
+    """Cut the split's windows and write them.
 
-    Raises JaxplainError where the sources give not a single window.
+    Raises JaxplainError where the sources give not a single window, or the tokenizer a token id that
+    is not below `vocabulary`, the number of tokens that the subject has embeddings of.
     """
-    windows: Iterable[Window] = windows_of_split(sources, config, split, tokenizer)
-    if config.max_sequences:
-        windows = itertools.islice(windows, config.max_sequences)
+
+    def row(window: Window) -> SequenceBlock:
+        if (largest := int(window.tokens_T.max())) >= vocabulary:
+            raise JaxplainError(
+                f"the tokenizer gives token {largest}, but the subject has embeddings of {vocabulary} "
+                "tokens only; its folder mixes files of different models."
+            )
+        return _row(window)
+
+    mixed = windows_of_split(sources, config, split, tokenizer)
+    windows = itertools.islice(mixed, config.max_sequences) if config.max_sequences else mixed
     with progress(total=config.max_sequences or None, desc=f"{split}: cut", unit="sequences") as bar:
-        blocks = blocks_of(map(_row, bar.over(windows)), _ROWS_PER_WRITE)
+        blocks = blocks_of(map(row, bar.over(windows)), _ROWS_PER_WRITE)
         rows = writer.write_sequences(split, blocks, tokens=config.sequence_length)
     if rows == 0:
         raise JaxplainError(
             f"the corpus is empty: no source gave a sequence for split {split!r}; "
             "check the text columns, or give the split a larger share in corpus.splits."
         )
-    return rows
+    return TokenTable(rows=rows, ended_by=exhausted_source(mixed, sources))
 
 
 def _row(window: Window) -> SequenceBlock:

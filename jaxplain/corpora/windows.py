@@ -59,6 +59,14 @@ def windows_of_split(
     return grain.IterDataset.mix(packed, weights=[source.weight for source in sources])
 
 
+def exhausted_source(windows: grain.IterDataset[Window], sources: Sequence[Source]) -> str | None:
+    """The name of the source that ended windows of `windows_of_split`; None while none has."""
+    for part, source in zip(windows.parents, sources, strict=True):
+        if isinstance(part, PackedWindows) and part.exhausted:
+            return source.name
+    return None
+
+
 def special_token_ids(token_id: Any) -> list[int]:
     """One of a tokenizer's special tokens as a list; empty where it has none of the kind."""
     return [] if token_id is None else [int(token_id)]
@@ -101,7 +109,10 @@ def _packed_windows(
 
 
 class PackedWindows(grain.IterDataset[Window]):
-    """Documents joined end to end and cut every `stride` tokens into windows of `room` tokens."""
+    """Documents joined end to end and cut every `stride` tokens into windows of `room` tokens.
+
+    `exhausted` tells whether an iterator has come to the end.
+    """
 
     def __init__(
         self,
@@ -114,6 +125,7 @@ class PackedWindows(grain.IterDataset[Window]):
     ):
         super().__init__(documents)
         self.number, self.prefix, self.room, self.stride = number, prefix, room, stride
+        self.exhausted = False
 
     def __iter__(self) -> grain.DatasetIterator[Window]:
         return _PackedWindowsIterator(self, iter(self._parent))
@@ -142,6 +154,7 @@ class _PackedWindowsIterator(grain.DatasetIterator[Window]):
                 self._joined.append((document.id, 0, document.tokens))
                 self._fresh += len(document.tokens)
         if self._fresh == 0:
+            self._dataset.exhausted = True
             raise StopIteration
         text = list(itertools.islice(itertools.chain.from_iterable(t for _, _, t in self._joined), room))
         document, start, _ = self._joined[0]

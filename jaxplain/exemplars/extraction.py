@@ -46,8 +46,18 @@ class Extraction:
                 "that can be counted; lower corpus.max_sequences or spread over more devices."
             )
         batches = token_batches(table, batch_size=config.run.batch_size, seed=config.corpus.seed)
-        with progress(total=rows, desc=f"{split}: read", unit="sequences") as bar:
-            reductions = self._reduce(batches, bar.update)
+        try:
+            with progress(total=rows, desc=f"{split}: read", unit="sequences") as bar:
+                reductions = self._reduce(batches, bar.update)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise JaxplainError(
+                f"the devices have too little memory for exemplars.k {config.exemplars.k}, "
+                f"corpus.sequence_length {tokens} and run.batch_size {config.run.batch_size} over "
+                f"{sum(map(len, self.selection.indices.values()))} neurons; lower one of them, choose "
+                "fewer neurons, or use more devices."
+            ) from error
         out = writer.create_split(
             split,
             layers=self.selection.layers,

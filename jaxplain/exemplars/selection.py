@@ -45,20 +45,22 @@ def select_neurons(config: NeuronsConfig, arch: Architecture) -> Selection:
         _check("neuron", pairs[:, 1], arch.neurons, f"neurons.file {config.file}")
         layers = np.unique(pairs[:, 0])
         return Selection(indices={int(layer): np.unique(pairs[pairs[:, 0] == layer, 1]) for layer in layers})
-    layers = np.arange(arch.layers) if config.layers == "all" else np.array(config.layers, np.int64)
-    indices = np.arange(arch.neurons) if config.indices == "all" else np.array(config.indices, np.int64)
+    layers = np.arange(arch.layers) if config.layers == "all" else np.array(config.layers)
+    indices = np.arange(arch.neurons) if config.indices == "all" else np.array(config.indices)
     _check("layer", layers, arch.layers, "neurons.layers")
     _check("neuron", indices, arch.neurons, "neurons.indices")
     return Selection(indices={int(layer): np.unique(indices) for layer in np.unique(layers)})
 
 
 def _read_pairs(file: str) -> Int[np.ndarray, "N 2"]:
-    if not Path(file).exists():
+    if not Path(file).is_file():
         raise JaxplainError(f"neurons.file: no such file: {file}.")
     try:
         pairs = np.load(file, allow_pickle=False)
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise JaxplainError(f"neurons.file {file} is not a .npy file of numbers: {error}.") from error
+    if not isinstance(pairs, np.ndarray):
+        raise JaxplainError(f"neurons.file {file} holds several arrays; save the pairs alone as .npy.")
     if pairs.ndim != 2 or pairs.shape[1] != 2 or not np.issubdtype(pairs.dtype, np.integer):
         raise JaxplainError(
             f"neurons.file {file} has shape {pairs.shape} and dtype {pairs.dtype}; "

@@ -3,9 +3,11 @@
 import contextlib
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import tensorstore as ts
@@ -23,12 +25,26 @@ def location(path: str | Path) -> str:
     return url.rstrip("/") + "/"
 
 
+def _reason(error: BaseException) -> str:
+    return re.sub(r"\s*\[.*", "", str(error).splitlines()[0]).rstrip(".")
+
+
+def partial_name(path: str | Path) -> str:
+    """Where a store grows until it is complete."""
+    return f"{str(path).rstrip('/')}.partial"
+
+
 class Files:
     """A folder at a URL."""
 
     def __init__(self, path: str | Path):
         self.url = location(path)
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": _READ_CACHE_BYTES}})
+        self._context = ts.Context(
+            {
+                "cache_pool": {"total_bytes_limit": _READ_CACHE_BYTES},
+                "http_request_retries": {"max_retries": 3},
+            }
+        )
         try:
             self._store = ts.KvStore.open(self.url, context=self._context).result()
         except ValueError as error:
@@ -40,16 +56,26 @@ class Files:
         try:
             yield
         except (ValueError, OSError) as error:
-            reason = re.sub(r"\s*\[.*", "", str(error).splitlines()[0]).rstrip(".")
             raise JaxplainError(
-                f"{self.url} could not be written: {reason}; make room or choose another output, and "
-                "run again."
+                f"{self.url} could not be written: {_reason(error)}; make room or choose another "
+                "output, and run again."
+            ) from error
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turn a failure to read within (a torn or damaged store, a lost network) into one sentence."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            raise JaxplainError(
+                f"{self.url} could not be read: {_reason(error)}; the store is damaged or out of reach."
             ) from error
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """A JSON file's contents; None where there is no such file."""
-        result = self._store.read(name).result()
-        return json.loads(result.value) if result.state == "value" else None
+        with self._reading():
+            result = self._store.read(name).result()
+            return json.loads(result.value) if result.state == "value" else None
 
     def write_json(self, name: str, contents: dict[str, Any]) -> None:
         """Write a JSON file, atomically."""
@@ -65,6 +91,18 @@ class Files:
         """Remove every file in the folder."""
         with self._writing():
             self._store.delete_range(ts.KvStore.KeyRange()).result()
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the folder is on a local disk."""
+        return self.url.startswith("file://")
+
+    def rename_to(self, other: "Files") -> None:
+        """Give a local folder another one's name, and remove that one."""
+        with self._writing():
+            source, target = (Path(unquote(f.url.removeprefix("file://"))) for f in (self, other))
+            shutil.rmtree(target, ignore_errors=True)
+            source.rename(target)
 
     def create_array(self, name: str, spec: ArraySpec) -> ts.TensorStore:
         """Make an array, in place of any of that name."""
@@ -83,8 +121,14 @@ class Files:
                 future.result()
 
     def open_array(self, name: str) -> ts.TensorStore:
-        """Open an array for reading. Raises ValueError where there is none."""
-        return self._open(name, read=True, recheck_cached_data="open", recheck_cached_metadata="open")
+        """Open an array for reading."""
+        with self._reading():
+            return self._open(name, read=True, recheck_cached_data="open", recheck_cached_metadata="open")
+
+    def read(self, *parts: ts.TensorStore) -> list[np.ndarray]:
+        """The values of (parts of) arrays, read all at once."""
+        with self._reading():
+            return [np.asarray(future.result()) for future in [part.read() for part in parts]]
 
     def _open(self, name: str, **options: Any) -> ts.TensorStore:
         spec: dict[str, Any] = {"driver": "zarr3", "kvstore": f"{self.url}{name}/"}

@@ -6,11 +6,13 @@ for exemplar in neuron.exemplars("max", limit=5):
     print(exemplar.score, exemplar.text)
 """
 
+import codecs
 import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import numpy as np
 import tensorstore as ts
@@ -18,7 +20,7 @@ from jaxtyping import Float, Int
 
 from jaxplain.errors import JaxplainError
 from jaxplain.store import schema
-from jaxplain.store.files import Files
+from jaxplain.store.files import Files, partial_name
 
 if TYPE_CHECKING:
     import xarray
@@ -52,7 +54,10 @@ class Exemplar:
 
     @property
     def token_strings(self) -> list[str]:
-        """Each token's text by itself. A token that holds part of a character shows U+FFFD."""
+        """The text that each token adds; joined they are `text`.
+
+        A character whose bytes are spread over several tokens stands with the last of them.
+        """
         return self.vocabulary.strings(self.tokens)
 
     @property
@@ -89,8 +94,13 @@ class Vocabulary:
         return b"".join(map(self.bytes_of, tokens.tolist())).decode("utf-8", "replace")
 
     def strings(self, tokens: Int[np.ndarray, "T"]) -> list[str]:
-        """The text of every token by itself."""
-        return [self.bytes_of(token).decode("utf-8", "replace") for token in tokens.tolist()]
+        """The text that every token adds; joined they are the whole text.
+
+        A character whose bytes are spread over several tokens stands with the last of them.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        texts = [decoder.decode(self.bytes_of(token)) for token in tokens.tolist()]
+        return [*texts[:-1], texts[-1] + decoder.decode(b"", final=True)] if texts else []
 
 
 class Neuron:
@@ -157,8 +167,7 @@ class Split:
 
     def __init__(self, store: "Store", name: str):
         self.store, self.name = store, name
-        self.layers: np.ndarray = np.asarray(self._array("layer").read().result())
-        self.neurons: np.ndarray = np.asarray(self._array("neuron").read().result())
+        self.layers, self.neurons = store._files.read(self._array("layer"), self._array("neuron"))
 
     def __repr__(self) -> str:
         return (
@@ -195,13 +204,12 @@ class Split:
     def sequences(self, rows: Int[np.ndarray, "N"]) -> dict[str, np.ndarray]:
         """Rows of the token table by number: `token` [N, T] (-1 is padding) and where each comes from."""
         names = schema.sequence_arrays(sequences=0, tokens=1)
-        reads = {name: self._array(f"sequences/{name}")[rows].read() for name in names}
-        return {name: np.asarray(read.result()) for name, read in reads.items()}
+        arrays = [self._array(f"sequences/{name}")[rows] for name in names]
+        return dict(zip(names, self.store._files.read(*arrays), strict=True))
 
     def layer_arrays(self, place: int, *names: str) -> list[np.ndarray]:
         """Whole-layer slices of arrays such as "max/score"; `place` is the layer's place on its axis."""
-        reads = [self._array(name)[place].read() for name in names]
-        return [np.asarray(read.result()) for read in reads]
+        return self.store._files.read(*(self._array(name)[place] for name in names))
 
     def to_xarray(self) -> "xarray.DataTree":
         """The split as an xarray DataTree of lazily read arrays, in the store's own structure."""
@@ -214,8 +222,8 @@ class Split:
         return self.store._files.open_array(f"{self.name}/{name}")
 
     def _read(self, names: Mapping[str, str], place: tuple[int, int]) -> dict[str, np.ndarray]:
-        reads = {key: self._array(name)[place].read() for key, name in names.items()}
-        return {key: np.asarray(read.result()) for key, read in reads.items()}
+        values = self.store._files.read(*(self._array(name)[place] for name in names.values()))
+        return dict(zip(names, values, strict=True))
 
     def _check_kind(self, kind: str) -> None:
         if kind not in self.kinds:
@@ -260,16 +268,15 @@ class Store:
     @property
     def zarr_path(self) -> str:
         """Where other Zarr readers find the store: a path, or a URL."""
-        return self._files.url.removeprefix("file://").rstrip("/")
+        url = self._files.url.rstrip("/")
+        return unquote(url.removeprefix("file://")) if url.startswith("file://") else url
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
         """The bytes of every token id."""
-        text, end = (
-            np.asarray(self._files.open_array(f"vocabulary/{name}").read().result())
-            for name in ("text", "end")
+        return Vocabulary(
+            *self._files.read(*(self._files.open_array(f"vocabulary/{name}") for name in ("text", "end")))
         )
-        return Vocabulary(text, end)
 
 
 def open_store(path: str | Path) -> Store:
@@ -283,14 +290,15 @@ def open_store(path: str | Path) -> Store:
         JaxplainError: There is no store, it is not one of jaxplain's, or it was not completed.
     """
     root = None
-    for candidate in (str(path), f"{str(path).rstrip('/')}/{schema.STORE_NAME}"):
+    inside = f"{str(path).rstrip('/')}/{schema.STORE_NAME}"
+    for candidate in (str(path), inside, partial_name(path), partial_name(inside)):
         files = Files(candidate)
         root = files.read_json("zarr.json")
         if root is not None:
             break
     if root is None:
         raise JaxplainError(f"there is no store at {path}.")
-    attributes = root.get("attributes", {})
+    attributes = root.get("attributes") or {}
     if attributes.get("format") != schema.FORMAT:
         raise JaxplainError(f"{path} is a Zarr group, but not a store of jaxplain's.")
     if attributes.get("version") != schema.VERSION:
@@ -300,7 +308,9 @@ def open_store(path: str | Path) -> Store:
         )
     if not attributes.get("complete"):
         raise JaxplainError(
-            f"the store at {path} is incomplete: the run that writes it has not finished; run it to "
-            "the end, or again with --overwrite."
+            f"the store at {path} is incomplete: the run that writes it has not finished; run it to the end."
         )
+    missing = [name for name in ("config", "subject", "corpora") if name not in attributes]
+    if missing:
+        raise JaxplainError(f"the store at {path} is damaged: its attributes lack {', '.join(missing)}.")
     return Store(files, attributes)

@@ -1,6 +1,6 @@
 """What a store looks like on disk: Zarr v3 groups and arrays, and nothing that depends on jaxplain.
 
-<root>                                   attributes, see `RootAttributes`
+<root>                                   attributes: format, version, complete, config, subject, ...
 <root>/vocabulary/{text,end}             the bytes of every token, joined, and where each one ends
 <split>/{layer,neuron}                   coordinates: which layers and neurons the axes stand for
 <split>/sequences/token                  every sequence that was seen; its row is its id

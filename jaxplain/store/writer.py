@@ -10,7 +10,7 @@ import tensorstore as ts
 from jaxtyping import Float, Int
 
 from jaxplain.store import schema
-from jaxplain.store.files import Files
+from jaxplain.store.files import Files, partial_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,10 +25,16 @@ class SequenceBlock:
 
 
 class StoreWriter:
-    """A store in the making. `finish` makes it readable."""
+    """A store in the making. `finish` makes it readable, in place of any store of that name.
+
+    On a local disk it grows under a name of its own, so that a run that fails costs no store that
+    was there before. Elsewhere, where files cannot be renamed together, it replaces it at once.
+    """
 
     def __init__(self, path: str | Path, attributes: dict[str, Any]):
-        self._files = Files(path)
+        self._final = Files(path)
+        self._files = Files(partial_name(path)) if self._final.is_local else self._final
+        self._files.delete_all()
         self._attributes = {"format": schema.FORMAT, "version": schema.VERSION} | attributes
         self._write_root(complete=False)
 
@@ -92,8 +98,10 @@ class StoreWriter:
         return SplitWriter(self._files, arrays)
 
     def finish(self) -> None:
-        """Mark the store complete."""
+        """Mark the store complete, and give it its name."""
         self._write_root(complete=True)
+        if self._files is not self._final:
+            self._files.rename_to(self._final)
 
     def _write_root(self, *, complete: bool) -> None:
         metadata = schema.group_metadata(self._attributes | {"complete": complete})

@@ -133,7 +133,8 @@ class GatedMLP(nnx.Module):
             gate_BTF += self.gate_bias_F[...][None, None]
             up_BTF += self.up_bias_F[...][None, None]
         acts_BTF = ACTIVATIONS[self.activation](gate_BTF) * up_BTF
-        self.sow(Sown, MLP_ACTIVATION, acts_BTF, reduce_fn=_fold, init_fn=tuple)
+        if hasattr(self, "__captures__"):  # Flax warns of a sow that `nnx.capture` does not surround
+            self.sow(Sown, MLP_ACTIVATION, acts_BTF, reduce_fn=_fold, init_fn=tuple)
         out_BTD = jnp.einsum("BTF,FD->BTD", acts_BTF, self.down_FD[...])
         return out_BTD + self.down_bias_D[...][None, None] if self.has_bias else out_BTD
 

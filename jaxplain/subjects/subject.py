@@ -81,20 +81,17 @@ def open_subject(config: SubjectConfig) -> Subject:
         )
     try:
         hf_config = AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError) as error:
-        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+    except Exception as error:  # every config class of transformers validates in its own way
         raise JaxplainError(
-            f"the subject's architecture {model_type!r} is not supported: "
-            f"{str(error).splitlines()[0].rstrip('.')}."
+            f"the subject's {folder / 'config.json'} describes no supported model: {_first_line(error)}."
         ) from error
     assert isinstance(hf_config, PreTrainedConfig)
     family, arch = family_of(hf_config), architecture_of(hf_config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError) as error:
+    except Exception as error:  # a broken tokenizer fails in any of several libraries
         raise JaxplainError(
-            f"the subject's folder {folder} holds no tokenizer that can be read: "
-            f"{str(error).splitlines()[0].rstrip('.')}."
+            f"the subject's folder {folder} holds no tokenizer that can be read: {_first_line(error)}."
         ) from error
     return Subject(
         id=config.id,
@@ -110,8 +107,11 @@ def open_subject(config: SubjectConfig) -> Subject:
 def _folder(config: SubjectConfig) -> Path:
     if config.id in PACKAGED_SUBJECTS:
         return packaged_folder(config.id)
-    if Path(config.id).is_dir():
-        return Path(config.id).resolve()
+    path = Path(config.id).expanduser()
+    if config.id and path.is_dir():
+        return path.resolve()
+    if not config.id or config.id[0] in "/.~":
+        raise JaxplainError(f"subject.id is {config.id!r}, but there is no such folder.")
     try:
         return Path(
             huggingface_hub.snapshot_download(config.id, revision=config.revision, allow_patterns=_HUB_FILES)
@@ -120,5 +120,9 @@ def _folder(config: SubjectConfig) -> Path:
         raise JaxplainError(
             f"subject.id is {config.id!r}, which is no packaged subject "
             f"({', '.join(PACKAGED_SUBJECTS)}) and no folder, and the Hugging Face hub does not "
-            f"give it: {str(error).strip().splitlines()[0].rstrip('.')}."
+            f"give it: {_first_line(error)}."
         ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -6,6 +6,7 @@ from rich.markup import escape
 from rich.style import Style
 from rich.text import Text
 
+from jaxplain.errors import JaxplainError
 from jaxplain.store.reader import Exemplar, Neuron, Store
 
 _BACKGROUNDS = {
@@ -23,6 +24,7 @@ def print_neuron(neuron: Neuron, console: Console, *, kind: str = "max", limit: 
         f"[dim]{neuron.split.name}, {kind}; over {stats.count:,} tokens: mean {stats.mean:.3f}, "
         f"deviation {stats.variance**0.5:.3f}, above zero {stats.fraction_active:.1%}[/dim]",
         highlight=False,
+        soft_wrap=True,
     )
     for exemplar in neuron.exemplars(kind, limit=limit):
         console.print(_excerpt(exemplar, kind, marked=console.color_system is None), soft_wrap=True)
@@ -61,12 +63,14 @@ def _excerpt(exemplar: Exemplar, kind: str, *, marked: bool) -> Text:
 
     Where there are no colours, `marked` puts the peak between guillemets.
     """
+    if len(exemplar.tokens) == 0:
+        raise JaxplainError(f"sequence {exemplar.sequence} has no tokens; the store is damaged.")
     acts_T = np.nan_to_num(exemplar.activations, nan=0.0)
     down = -acts_T.min() > acts_T.max() if kind == "random" else kind == "min"
     sign = -1 if down else 1
     strength_T = sign * acts_T
     peak = int(np.argmax(strength_T))
-    text = Text(f"{acts_T[peak]:8.2f}  ", style="bold")
+    text = Text().append(f"{acts_T[peak]:8.2f}  ", "bold")
     first, last = max(0, peak - _TOKENS_BEFORE_PEAK), peak + _TOKENS_AFTER_PEAK
     for i, token in enumerate(exemplar.token_strings[first:last], first):
         share = float(max(strength_T[i], 0) / strength_T[peak]) if strength_T[peak] > 0 else 0.0

@@ -30,7 +30,7 @@ def source(texts, name="made-up", weight=1.0):
 
 def config(**fields):
     defaults = {
-        "sources": [SourceConfig(preset="chitchat")],
+        "sources": (SourceConfig(preset="chitchat"),),
         "sequence_length": 16,
         "max_sequences": 0,
     }
@@ -230,6 +230,8 @@ def test_chat_column_goes_through_the_template(tokenizer, tmp_path):
         ),
         ({"dataset": "json", "data_files": "BROKEN"}, "could not be read"),
         ({"dataset": "csv", "data_files": "EMPTY"}, "could not be read|holds no documents"),
+        ({"dataset": "json", "data_files": "EMPTY"}, "could not be read|holds no documents"),
+        ({"dataset": "text", "data_files": "EMPTY"}, "could not be read|holds no documents"),
         ({"dataset": "some-one/no-such-set"}, "'some-one/no-such-set' could not be f"),
     ],
 )

@@ -1,6 +1,7 @@
 """The reader, and the same store through other Zarr readers."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def test_neuron_reads_back(path):
     assert (first.rank, first.score, first.sequence) == (0, 7.0, 0)
     assert first.tokens.tolist() == [0, 1, 2, 3]
     assert first.token_strings == ["<s>", "the", " cat", "\ufffd"]
-    assert first.text == "<s>the cat\ufffd"
+    assert first.text == "".join(first.token_strings)
     assert first.activations.tolist() == [112.0, 113.0, 114.0, 115.0]
     assert first.activations.dtype == np.float32
     assert (first.corpus, first.document, first.start) == ("one", 2**62 + 5, 0)
@@ -97,6 +98,7 @@ def test_empty_ranks_are_left_out_and_limit_holds(path):
 def test_characters_split_over_tokens_are_whole_in_the_text(path):
     exemplar = jaxplain.open_store(path)["train"].neuron(4, 2).exemplars()[0]
     assert exemplar.text == "theé cat"
+    assert exemplar.token_strings == ["the", "", "é", " cat"]
 
 
 def test_run_folder_opens_as_well(path):
@@ -175,6 +177,52 @@ def test_what_the_store_lacks_is_named(path):
         store["train"].neuron(4, 2).exemplars("min")
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: (p / "zarr.json").write_text("{"), "could not be read: "),
+        (lambda p: shutil.rmtree(p / "train" / "max"), "could not be read: NOT_FOUND"),
+        (lambda p: shutil.rmtree(p / "train"), "could not be read: NOT_FOUND"),
+        (lambda p: truncate(p / "train" / "max" / "activation"), "could not be read: "),
+        (lambda p: shutil.rmtree(p / "train" / "sequences" / "token" / "c"), "has no tokens"),
+        (lambda p: drop_attribute(p / "zarr.json", "config"), "damaged: its attributes lack config"),
+    ],
+)
+def test_damaged_stores_in_one_sentence(path, damage, message):
+    from jaxplain.show import main
+
+    damage(path)
+    with pytest.raises(JaxplainError, match=message) as caught:
+        main([str(path), "--layer", "6", "--neuron", "9"])
+    assert "\n" not in str(caught.value)
+
+
+def truncate(folder):
+    for shard in (folder / "c").rglob("*"):
+        if shard.is_file():
+            shard.write_bytes(shard.read_bytes()[:7])
+
+
+def drop_attribute(root, name):
+    contents = json.loads(root.read_text())
+    del contents["attributes"][name]
+    root.write_text(json.dumps(contents))
+
+
+def test_a_new_store_takes_the_place_of_an_old_one_only_when_complete(path):
+    write_store(path, finish=False, neurons=(1, 2, 3))
+    assert jaxplain.open_store(path)["train"].neurons.tolist() == [2, 5, 9]
+    write_store(path, neurons=(1, 2, 3))
+    assert jaxplain.open_store(path)["train"].neurons.tolist() == [1, 2, 3]
+    assert [p.name for p in path.parent.iterdir()] == ["exemplars.zarr"]
+
+
+def test_paths_with_unusual_characters(tmp_path):
+    path = write_store(tmp_path / "a b%20ü#x" / "exemplars.zarr")
+    store = jaxplain.open_store(path.parent)
+    assert store["train"].to_xarray()["max"]["score"].shape == (2, 3, 3)
+
+
 def test_vocabulary_of_padding_is_nothing():
     vocabulary = Vocabulary(np.frombuffer(b"ab", np.uint8), np.array([1, 2, 2]))
     assert vocabulary.strings(np.array([0, 1, 2, -1])) == ["a", "b", "", ""]
@@ -188,4 +236,4 @@ def test_shown_in_a_terminal(path, capsys):
     assert "layer 6, neuron 9" in shown
     assert "the cat\u00ab\ufffd\u00bb" in shown, "without colours the peak is marked"
     assert "115.00" in shown, "the peak activation, not the score of these made-up arrays"
-    assert shown.count("\n") == 4, "a line of statistics that wraps, and two excerpts"
+    assert shown.count("\n") == 3, "a line of statistics, and two excerpts"

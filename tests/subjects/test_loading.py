@@ -94,7 +94,8 @@ GATE = "model.layers.1.mlp.gate_proj.weight"
             {"model_type": "gpt2"},
             "architecture 'gpt2' is not supported; supported are llama, mistral",
         ),
-        ({"model_type": "zebra"}, "architecture 'zebra' is not supported"),
+        ({"model_type": "zebra"}, "describes no supported model: .*zebra"),
+        ({"num_attention_heads": "four"}, "describes no supported model"),
         ({"hidden_act": "tanh"}, "hidden_act = 'tanh' .* known are silu"),
         ({"clip_qkv": 8.0}, "attribute clip_qkv = 8.0 .* no known meaning"),
         ({"quantization_config": {"bits": 4}}, "attribute quantization_config"),
@@ -113,6 +114,15 @@ def test_refuses_what_it_would_get_wrong(change, message, tmp_path):
 def test_refuses_a_folder_that_is_no_model(tmp_path):
     with pytest.raises(JaxplainError, match=r"holds no config\.json"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
+@pytest.mark.filterwarnings("ignore")
+def test_refuses_broken_files_in_one_sentence(file, tmp_path):
+    (tiny.write_model(tmp_path) / file).write_text('{"version": ')
+    with pytest.raises(JaxplainError, match=r"describes no supported model|no tokenizer") as caught:
+        load(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_refuses_missing_and_corrupt_weights(tmp_path):
