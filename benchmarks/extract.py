@@ -18,8 +18,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ def extremes_of(model: Decoder, batches: list[np.ndarray]) -> dict[int, dict[str
     @jax.jit
     def forward(weights: nnx.State, tokens_BT: jax.Array) -> dict[int, Extremes]:
         initial = nnx.State({"layers": {i: {"mlp": {MLP_ACTIVATION: Sown(Extremes())}} for i in layers}})
-        run: Any = nnx.capture(nnx.merge(graph, weights), Sown, init=initial)  # pyright: ignore
+        run = cast(Callable[..., Any], nnx.capture(nnx.merge(graph, weights), Sown, init=initial))
         _, sown = run(tokens_BT)
         return {i: sown["layers"][i]["mlp"][MLP_ACTIVATION].get_value() for i in layers}
 

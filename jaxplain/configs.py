@@ -160,7 +160,7 @@ class CorpusConfig:
             self.max_sequences >= 0,
             "corpus.max_sequences",
             self.max_sequences,
-            "give 0 for all, or a positive number",
+            "give 0 for no limit, or a positive number",
         )
         _require(0 <= self.seed < 2**32, "corpus.seed", self.seed, "give a number from 0")
         for name in self.splits:

@@ -1,4 +1,4 @@
-"""The one exception type that a user is meant to read."""
+"""The one exception type that a user is meant to read, and what it quotes of others."""
 
 
 class JaxplainError(Exception):
@@ -6,3 +6,8 @@ class JaxplainError(Exception):
 
     Commands print the sentence and exit with status 2, without a traceback.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, cut to its first line, without a full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

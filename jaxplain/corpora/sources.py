@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from jaxplain.configs import SourceConfig
 from jaxplain.corpora.hashing import text_hash
 from jaxplain.corpora.packaged import PACKAGED_CORPORA, packaged_file
-from jaxplain.errors import JaxplainError
+from jaxplain.errors import JaxplainError, first_line
 
 _LOCAL_FORMATS = ("json", "csv", "parquet", "text")
 
@@ -69,7 +69,7 @@ class Source:
             text = tokenizer.apply_chat_template(value, tokenize=False)
         except jinja2.TemplateError as error:
             raise JaxplainError(
-                f"the subject's chat template refuses row {row} of {self.name}: {_first_line(error)}; "
+                f"the subject's chat template refuses row {row} of {self.name}: {first_line(error)}; "
                 "convert the data, or use another subject."
             ) from error
         return Document(id=text_hash(json.dumps(value, sort_keys=True, default=str)), text=str(text))
@@ -142,19 +142,15 @@ def _load(config: SourceConfig) -> datasets.Dataset:
         )
     except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
         raise JaxplainError(
-            f"the dataset {config.dataset!r} could not be found: {_first_line(error)}. Check its "
+            f"the dataset {config.dataset!r} could not be found: {first_line(error)}. Check its "
             f"name, or use one of {', '.join(_LOCAL_FORMATS)} with data_files for local files."
         ) from error
     except (ConnectionError, OSError) as error:
         raise JaxplainError(
-            f"the dataset {config.dataset!r} could not be fetched: {_first_line(error)}. "
+            f"the dataset {config.dataset!r} could not be fetched: {first_line(error)}. "
             "Check the network, or the access token for a gated dataset."
         ) from error
     except Exception as error:  # each of the readers behind `datasets` has errors of its own
         raise JaxplainError(
-            f"the dataset {config.name!r} could not be read: {_first_line(error.__cause__ or error)}."
+            f"the dataset {config.name!r} could not be read: {first_line(error.__cause__ or error)}."
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -67,8 +67,8 @@ def exhausted_source(windows: grain.IterDataset[Window], sources: Sequence[Sourc
     return None
 
 
-def special_token_ids(token_id: Any) -> list[int]:
-    """One of a tokenizer's special tokens as a list; empty where it has none of the kind."""
+def _as_list(token_id: Any) -> list[int]:
+    """One of a tokenizer's special tokens, as a list; empty where it has none of the kind."""
     return [] if token_id is None else [int(token_id)]
 
 
@@ -86,7 +86,7 @@ def _packed_windows(
     split: str,
     tokenizer: PreTrainedTokenizerBase,
 ) -> grain.IterDataset[Window]:
-    separator = special_token_ids(tokenizer.eos_token_id) if config.separator else []
+    separator = _as_list(tokenizer.eos_token_id) if config.separator else []
 
     def tokenise(document: Any) -> _TokenisedDocument:
         encoding = tokenizer(document.text, add_special_tokens=False, verbose=False)

@@ -100,11 +100,12 @@ class Extraction:
         return reductions
 
     def _require_finite(self, reductions: Reductions) -> None:
+        dtype = self.config.subject.dtype
+        remedy = "check the weights" if dtype == "float32" else "try subject.dtype float32"
         for layer, reduction in sorted(reductions.items()):
             if not np.isfinite(reduction.moments.mean_F).all():
                 raise JaxplainError(
-                    f"layer {layer} has activations that are not finite numbers in "
-                    f"{self.config.subject.dtype}; try subject.dtype float32, or check the weights."
+                    f"layer {layer} has activations that are not finite numbers in {dtype}; {remedy}."
                 )
 
     def _rows(self, batch: TokenBatch) -> Rows:

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import numpy as np
 import tensorstore as ts
 
-from jaxplain.errors import JaxplainError
+from jaxplain.errors import JaxplainError, first_line
 from jaxplain.store.schema import ArraySpec
 
 _READ_CACHE_BYTES = 2**28
@@ -26,7 +26,7 @@ def location(path: str | Path) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    return re.sub(r"\s*\[.*", "", str(error).splitlines()[0]).rstrip(".")
+    return re.sub(r"\s*\[.*", "", first_line(error)).rstrip(".")
 
 
 def partial_name(path: str | Path) -> str:
@@ -98,11 +98,15 @@ class Files:
         return self.url.startswith("file://")
 
     def rename_to(self, other: "Files") -> None:
-        """Give a local folder another one's name, and remove that one."""
+        """Give a local folder another one's name, and remove that one last of all."""
         with self._writing():
-            source, target = (Path(unquote(f.url.removeprefix("file://"))) for f in (self, other))
-            shutil.rmtree(target, ignore_errors=True)
+            source, target = (Path(unquote(f.url[len("file://") : -1])) for f in (self, other))
+            replaced = target.with_name(f"{target.name}.replaced")
+            shutil.rmtree(replaced, ignore_errors=True)
+            if target.exists():
+                target.rename(replaced)
             source.rename(target)
+            shutil.rmtree(replaced, ignore_errors=True)
 
     def create_array(self, name: str, spec: ArraySpec) -> ts.TensorStore:
         """Make an array, in place of any of that name."""

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from jaxplain.configs import SubjectConfig
-from jaxplain.errors import JaxplainError
+from jaxplain.errors import JaxplainError, first_line
 from jaxplain.subjects.architecture import Architecture
 from jaxplain.subjects.decoder import Decoder
 from jaxplain.subjects.families import Family, architecture_of, family_of
@@ -20,6 +20,7 @@ from jaxplain.subjects.loading import load_decoder
 from jaxplain.subjects.packaged import PACKAGED_SUBJECTS, packaged_folder
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
+_HUB_DUPLICATES = ["consolidated*", "original/*"]  # the same weights in other layouts
 _HASHED_BYTES_PER_TENSOR = 4096
 
 
@@ -83,7 +84,7 @@ def open_subject(config: SubjectConfig) -> Subject:
         hf_config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # every config class of transformers validates in its own way
         raise JaxplainError(
-            f"the subject's {folder / 'config.json'} describes no supported model: {_first_line(error)}."
+            f"the subject's {folder / 'config.json'} describes no supported model: {first_line(error)}."
         ) from error
     assert isinstance(hf_config, PreTrainedConfig)
     family, arch = family_of(hf_config), architecture_of(hf_config)
@@ -91,7 +92,7 @@ def open_subject(config: SubjectConfig) -> Subject:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # a broken tokenizer fails in any of several libraries
         raise JaxplainError(
-            f"the subject's folder {folder} holds no tokenizer that can be read: {_first_line(error)}."
+            f"the subject's folder {folder} holds no tokenizer that can be read: {first_line(error)}."
         ) from error
     return Subject(
         id=config.id,
@@ -114,15 +115,16 @@ def _folder(config: SubjectConfig) -> Path:
         raise JaxplainError(f"subject.id is {config.id!r}, but there is no such folder.")
     try:
         return Path(
-            huggingface_hub.snapshot_download(config.id, revision=config.revision, allow_patterns=_HUB_FILES)
+            huggingface_hub.snapshot_download(
+                config.id,
+                revision=config.revision,
+                allow_patterns=_HUB_FILES,
+                ignore_patterns=_HUB_DUPLICATES,
+            )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise JaxplainError(
             f"subject.id is {config.id!r}, which is no packaged subject "
             f"({', '.join(PACKAGED_SUBJECTS)}) and no folder, and the Hugging Face hub does not "
-            f"give it: {_first_line(error)}."
+            f"give it: {first_line(error)}."
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

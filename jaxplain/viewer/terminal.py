@@ -65,10 +65,10 @@ def _excerpt(exemplar: Exemplar, kind: str, *, marked: bool) -> Text:
     """
     if len(exemplar.tokens) == 0:
         raise JaxplainError(f"sequence {exemplar.sequence} has no tokens; the store is damaged.")
-    acts_T = np.nan_to_num(exemplar.activations, nan=0.0)
-    down = -acts_T.min() > acts_T.max() if kind == "random" else kind == "min"
+    acts_T = exemplar.activations
+    down = -np.nanmin(acts_T) > np.nanmax(acts_T) if kind == "random" else kind == "min"
     sign = -1 if down else 1
-    strength_T = sign * acts_T
+    strength_T = np.where(np.isnan(acts_T), -np.inf, sign * acts_T)
     peak = int(np.argmax(strength_T))
     text = Text().append(f"{acts_T[peak]:8.2f}  ", "bold")
     first, last = max(0, peak - _TOKENS_BEFORE_PEAK), peak + _TOKENS_AFTER_PEAK

@@ -237,3 +237,22 @@ def test_shown_in_a_terminal(path, capsys):
     assert "the cat\u00ab\ufffd\u00bb" in shown, "without colours the peak is marked"
     assert "115.00" in shown, "the peak activation, not the score of these made-up arrays"
     assert shown.count("\n") == 3, "a line of statistics, and two excerpts"
+
+
+@pytest.mark.parametrize(("kind", "peak"), [("min", "b"), ("max", "a"), ("random", "a")])
+def test_the_peak_is_never_a_token_that_does_not_count(kind, peak):
+    from jaxplain.store.reader import Exemplar
+    from jaxplain.viewer.terminal import _excerpt
+
+    exemplar = Exemplar(
+        rank=0,
+        score=1.0,
+        sequence=0,
+        tokens=np.arange(3, dtype=np.int32),
+        activations=np.array([np.nan, 3.0, 1.0], np.float32),
+        corpus="made-up",
+        document=0,
+        start=0,
+        vocabulary=Vocabulary(np.frombuffer(b"xab", np.uint8), np.array([1, 2, 3])),
+    )
+    assert f"\u00ab{peak}\u00bb" in _excerpt(exemplar, kind, marked=True).plain
