@@ -28,7 +28,7 @@ import numpy as np
 from flax import nnx
 
 import jaxplain
-from jaxplain.configs import MeshConfig, SubjectConfig
+from jaxplain.configs.extraction import MeshConfig, SubjectConfig
 from jaxplain.exemplars.reduction import KINDS, LayerReduction, Rows, empty_reduction
 from jaxplain.exemplars.step import Reductions, make_step
 from jaxplain.exemplars.topk import TopK

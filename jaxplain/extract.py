@@ -11,7 +11,7 @@ from rich.console import Console
 
 import jaxplain
 from jaxplain.commands import add_flag, config_parser, parse_config, run
-from jaxplain.configs import CorpusConfig, ExtractConfig
+from jaxplain.configs.extraction import CorpusConfig, ExtractConfig
 from jaxplain.corpora.sources import Source, open_source
 from jaxplain.corpora.tokens import write_token_table
 from jaxplain.errors import JaxplainError

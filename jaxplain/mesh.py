@@ -3,7 +3,7 @@
 import jax
 from jax.sharding import AxisType, Mesh
 
-from jaxplain.configs import MeshConfig
+from jaxplain.configs.extraction import MeshConfig
 from jaxplain.errors import JaxplainError
 
 

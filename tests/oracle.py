@@ -24,14 +24,17 @@ def exemplars(acts_NTF, counted_NT, kind, k, lottery_N=None):
 
 
 def statistics(acts_NTF, counted_NT):
-    """Count, mean, variance and fraction active of every neuron, in float64."""
+    """Count, mean, variance, skewness, kurtosis and fraction active of every neuron, in float64."""
     counted = acts_NTF[counted_NT].astype(np.float64)
     if not len(counted):
         nan = np.full(acts_NTF.shape[2], np.nan)
-        return np.zeros(acts_NTF.shape[2]), nan, nan, nan
+        return np.zeros(acts_NTF.shape[2]), nan, nan, nan, nan, nan
+    variance = counted.var(0)
+    deviation = np.where(variance > 0, variance, np.nan) ** 0.5
     return (
         np.full(acts_NTF.shape[2], len(counted)),
         counted.mean(0),
-        counted.var(0),
+        variance,
+        *(((counted - counted.mean(0)) ** power).mean(0) / deviation**power for power in (3, 4)),
         (counted > 0).mean(0),
     )

@@ -99,13 +99,15 @@ def test_statistics_equal_brute_force(store, workspace):
     split = store["train"]
     acts_LNTF, counted_NT, _ = expected(workspace, split, "max")
     for layer, acts_NTF in enumerate(acts_LNTF):
-        count, mean, variance, active = oracle.statistics(acts_NTF, counted_NT)
-        names = ("count", "mean", "variance", "fraction_active")
+        count, mean, variance, skewness, kurtosis, active = oracle.statistics(acts_NTF, counted_NT)
+        names = ("count", "mean", "variance", "skewness", "kurtosis", "fraction_active")
         found = split.layer_arrays(layer, *(f"stats/{name}" for name in names))
         np.testing.assert_array_equal(found[0], count)
         np.testing.assert_allclose(found[1], mean, atol=1e-5)
         np.testing.assert_allclose(found[2], variance, rtol=1e-4)
-        np.testing.assert_allclose(found[3], active, atol=1e-6)
+        np.testing.assert_allclose(found[3], skewness, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(found[4], kurtosis, rtol=1e-4)
+        np.testing.assert_allclose(found[5], active, atol=1e-6)
 
 
 @pytest.mark.parametrize("mesh", [(1, 8), (8, 1), (4, 2)])
@@ -214,7 +216,7 @@ def test_help_describes_every_field():
     result = run_as_user("--help")
     assert result.returncode == 0
     from jaxplain.commands import _known_keys
-    from jaxplain.configs import ExtractConfig
+    from jaxplain.configs.extraction import ExtractConfig
 
     for key in _known_keys(ExtractConfig):
         name = key.rsplit(".", 1)[-1] if key.startswith("corpus.sources.") else f"--{key}"
@@ -382,7 +384,7 @@ def test_config_in_the_store_is_the_whole_config(store):
 def test_sources_on_the_command_line_replace_those_of_the_config(workspace):
     """Lists of equal length are not merged item by item."""
     from jaxplain.commands import config_parser, parse_config
-    from jaxplain.configs import ExtractConfig
+    from jaxplain.configs.extraction import ExtractConfig
 
     sources = "[{preset: chitchat}, {dataset: text, data_files: a.txt}]"
     arguments = ["--config", str(workspace / "config.yaml"), "--corpus.sources", sources]

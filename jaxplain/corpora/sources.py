@@ -10,7 +10,7 @@ import datasets.exceptions
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from jaxplain.configs import SourceConfig
+from jaxplain.configs.extraction import SourceConfig
 from jaxplain.corpora.hashing import text_hash
 from jaxplain.corpora.packaged import PACKAGED_CORPORA, packaged_file
 from jaxplain.errors import JaxplainError, first_line

@@ -10,7 +10,7 @@ import tensorstore as ts
 from jaxtyping import Float, Int
 from transformers import PreTrainedTokenizerBase
 
-from jaxplain.configs import CorpusConfig
+from jaxplain.configs.extraction import CorpusConfig
 from jaxplain.corpora.hashing import lottery
 from jaxplain.corpora.sources import Source
 from jaxplain.corpora.windows import PADDING, Window, exhausted_source, windows_of_split

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
-from jaxplain.configs import CorpusConfig
+from jaxplain.configs.extraction import CorpusConfig
 from jaxplain.corpora.hashing import split_of
 from jaxplain.corpora.sources import Source
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Int
 
-from jaxplain.configs import ExtractConfig
+from jaxplain.configs.extraction import ExtractConfig
 from jaxplain.corpora.tokens import TokenBatch, token_batches
 from jaxplain.errors import JaxplainError
 from jaxplain.exemplars.merging import merge_partials
@@ -145,6 +145,8 @@ class Extraction:
                 count=statistics.count_F[kept],
                 mean=statistics.mean_F[kept],
                 variance=statistics.variance_F[kept],
+                skewness=statistics.skewness_F[kept],
+                kurtosis=statistics.kurtosis_F[kept],
                 fraction_active=statistics.fraction_active_F[kept],
             )
             for kind, ranked in merge_partials(reduction, self.mesh).items():

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from jaxplain.configs import NeuronsConfig
+from jaxplain.configs.extraction import NeuronsConfig
 from jaxplain.errors import JaxplainError
+from jaxplain.ranges import parse_range
 from jaxplain.subjects.architecture import Architecture
 
 
@@ -40,19 +41,26 @@ class Selection:
 def select_neurons(config: NeuronsConfig, arch: Architecture) -> Selection:
     """The config's choice. Raises JaxplainError for a layer or neuron that the subject lacks."""
     if config.file is not None:
-        pairs = _read_pairs(config.file)
+        pairs = read_pairs(config.file)
         _check("layer", pairs[:, 0], arch.layers, f"neurons.file {config.file}")
         _check("neuron", pairs[:, 1], arch.neurons, f"neurons.file {config.file}")
         layers = np.unique(pairs[:, 0])
         return Selection(indices={int(layer): np.unique(pairs[pairs[:, 0] == layer, 1]) for layer in layers})
-    layers = np.arange(arch.layers) if config.layers == "all" else np.array(config.layers)
-    indices = np.arange(arch.neurons) if config.indices == "all" else np.array(config.indices)
+    layers = _numbers(config.layers, arch.layers, "neurons.layers")
+    indices = _numbers(config.indices, arch.neurons, "neurons.indices")
     _check("layer", layers, arch.layers, "neurons.layers")
     _check("neuron", indices, arch.neurons, "neurons.indices")
     return Selection(indices={int(layer): np.unique(indices) for layer in np.unique(layers)})
 
 
-def _read_pairs(file: str) -> Int[np.ndarray, "N 2"]:
+def _numbers(chosen: str | list[int], length: int, field: str) -> np.ndarray:
+    if isinstance(chosen, str):
+        return np.array(parse_range(":" if chosen == "all" else chosen, field, length), np.int64)
+    return np.array(chosen)
+
+
+def read_pairs(file: str) -> Int[np.ndarray, "N 2"]:
+    """The (layer, neuron) pairs of a .npy file. Raises JaxplainError where it holds anything else."""
     if not Path(file).is_file():
         raise JaxplainError(f"neurons.file: no such file: {file}.")
     try:

@@ -9,6 +9,8 @@ for exemplar in neuron.exemplars("max", limit=5):
 import codecs
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ from jaxtyping import Float, Int
 
 from jaxplain.errors import JaxplainError
 from jaxplain.store import schema
+from jaxplain.store.explanations import DATABASE_NAME, Explanation, open_explanations
 from jaxplain.store.files import Files, partial_name
 
 if TYPE_CHECKING:
@@ -68,11 +71,23 @@ class Exemplar:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NeuronStatistics:
-    """Over all tokens that count: how many, and the activation's mean, variance and share above zero."""
+    """Over all tokens that count: how many, and the shape of the activation's distribution.
+
+    Attributes:
+        count: Tokens that count.
+        mean: The activation's mean.
+        variance: Its variance, divided by the count.
+        skewness: Its third standardised moment, m3 / m2**1.5; NaN where the variance is 0.
+        kurtosis: Its fourth standardised moment, m4 / m2**2, not the excess: a Gaussian has 3. NaN where
+            the variance is 0.
+        fraction_active: Share of the tokens with an activation above zero.
+    """
 
     count: int
     mean: float
     variance: float
+    skewness: float
+    kurtosis: float
     fraction_active: float
 
 
@@ -121,6 +136,8 @@ class Neuron:
             count=int(values["count"]),
             mean=float(values["mean"]),
             variance=float(values["variance"]),
+            skewness=float(values["skewness"]),
+            kurtosis=float(values["kurtosis"]),
             fraction_active=float(values["fraction_active"]),
         )
 
@@ -155,6 +172,21 @@ class Neuron:
                 )
             )
         return found
+
+    def explanations(self, path: str | Path | None = None) -> list[Explanation]:
+        """The neuron's explanations, by sign, recipe and sample; none where there are none yet.
+
+        They are of the neuron rather than of this split. `path` is a database, or a folder that holds
+        one, where that is not beside the store.
+        """
+        store = self.split.store
+        place = store.explanations_path if path is None else Path(path)
+        if place is not None and place.is_dir():
+            place /= DATABASE_NAME
+        if place is None or (path is None and not place.exists()):
+            return []
+        with open_explanations(place, fingerprint=store.fingerprint) as database:
+            return database.explanations(self.layer, self.index)
 
 
 class Split:
@@ -264,6 +296,19 @@ class Store:
     def corpora(self) -> tuple[str, ...]:
         """Names of the sources, as `corpus` numbers them."""
         return tuple(self.attributes["corpora"])
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what the store was made from; its place and the layout of the run do not count."""
+        made_from = {name: self.attributes.get(name) for name in ("subject", "corpora", "tokenizer_hash")}
+        made_from["config"] = {k: v for k, v in self.config.items() if k not in ("output", "run")}
+        return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def explanations_path(self) -> Path | None:
+        """Where explanations.sqlite lies, beside the store; None for a store that is not on a local disk."""
+        path = self.zarr_path
+        return None if "://" in path else Path(path).parent / DATABASE_NAME
 
     @property
     def zarr_path(self) -> str:

@@ -6,7 +6,7 @@
 <split>/sequences/token                  every sequence that was seen; its row is its id
 <split>/sequences/{corpus,document,start,length}    where each came from
 <split>/{max,min,random}/{score,sequence,activation}    exemplars, strongest first
-<split>/stats/{count,mean,variance,fraction_active}
+<split>/stats/{count,mean,variance,skewness,kurtosis,fraction_active}
 
 Chunks hold whole neurons, so that one neuron is one read; shards keep the number of files low.
 """
@@ -19,7 +19,7 @@ FORMAT = "jaxplain.exemplars"
 VERSION = 1
 STORE_NAME = "exemplars.zarr"
 
-STATISTICS = ("count", "mean", "variance", "fraction_active")
+STATISTICS = ("count", "mean", "variance", "skewness", "kurtosis", "fraction_active")
 
 _ROWS_PER_CHUNK = 64
 _CHUNKS_PER_SHARD = 1024
@@ -138,7 +138,10 @@ def kind_arrays(
 
 
 def statistics_arrays(*, layers: int, neurons: int) -> dict[str, ArraySpec]:
-    """Statistics over all tokens that count; `count` is -1 where a neuron was not asked for."""
+    """Statistics over all tokens that count; `count` is -1 where a neuron was not asked for.
+
+    `kurtosis` is not the excess: a Gaussian has 3. It and `skewness` are NaN where nothing varies.
+    """
 
     def spec(dtype: str, fill: int | str) -> ArraySpec:
         shape = (layers, neurons)

@@ -10,12 +10,12 @@ query head, head width. Sharding (`loading.partition`) and the family tables rel
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxplain.subjects.architecture import Architecture
 from jaxplain.subjects.rotary import apply_rotary, rotary_tables
@@ -32,6 +32,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 _FLOAT32 = jnp.dtype("float32")
+_NEVER = -1e30  # a logit whose token is not attended to; finite, since a padded row attends to none
 
 
 class Sown(nnx.Variable[Any]):
@@ -56,6 +57,19 @@ def _exact_products() -> contextlib.AbstractContextManager[None]:
 def _parameter(rngs: nnx.Rngs, dtype: jnp.dtype, *shape: int, fan_in: int) -> nnx.Param[Array]:
     scale = fan_in**-0.5
     return nnx.Param((jax.random.normal(rngs.params(), shape) * scale).astype(dtype))
+
+
+class Cache(NamedTuple):
+    """What was read so far: every layer's keys and values, and which position each slot holds.
+
+    `positions_BS` is -1 for slots without a token (padding, or not yet filled); slots from `used` on
+    are free.
+    """
+
+    keys: tuple[Float[Array, "B K C S"], ...]
+    values: tuple[Float[Array, "B K S C"], ...]
+    positions_BS: Int[Array, "B S"]
+    used: Int[Array, ""]
 
 
 class RMSNorm(nnx.Module):
@@ -92,6 +106,38 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"], rotary_TC: tuple[Array, Array]) -> Float[Array, "B T D"]:
         """Mix the values of earlier positions; `rotary_TC` are the tables of `rotary_tables`."""
+        query_BTHC, key_BTKC, value_BTKC = self._projections(x_BTD, rotary_TC)
+        mixed_BTHC = jax.nn.dot_product_attention(
+            query_BTHC, key_BTKC, value_BTKC, is_causal=True, local_window_size=self.window
+        )
+        return self._output(mixed_BTHC)
+
+    def extend(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        rotary_BTC: tuple[Array, Array],
+        seen: tuple[Bool[Array, "B T S"], Bool[Array, "B T P"] | None],
+        slot: Int[Array, ""],
+        keys_BKCS: Float[Array, "B K C S"],
+        values_BKSC: Float[Array, "B K S C"],
+        prefix: tuple[Float[Array, "1 K C P"], Float[Array, "1 K P C"]] | None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B K C S"], Float[Array, "B K S C"]]:
+        """The same for positions that follow those in a cache; also the cache's keys and values with theirs.
+
+        The new positions go into the slots from `slot` on. `seen` says which slots of the cache and of
+        the prefix each of them attends to.
+        """
+        query_BTHC, key_BTKC, value_BTKC = self._projections(x_BTD, rotary_BTC)
+        update = jax.lax.dynamic_update_slice_in_dim
+        keys_BKCS = update(keys_BKCS, key_BTKC.transpose(0, 2, 3, 1), slot, axis=3)
+        values_BKSC = update(values_BKSC, value_BTKC.swapaxes(1, 2), slot, axis=2)
+        mixed_BTHC = _attend(query_BTHC, keys_BKCS, values_BKSC, seen, prefix)
+        return self._output(mixed_BTHC), keys_BKCS, values_BKSC
+
+    def _projections(
+        self, x_BTD: Float[Array, "B T D"], rotary: tuple[Array, Array]
+    ) -> tuple[Array, Array, Array]:
+        """Queries, keys and values, the first two rotated."""
         query_BTHC = jnp.einsum("BTD,DHC->BTHC", x_BTD, self.query_DHC[...])
         key_BTKC = jnp.einsum("BTD,DKC->BTKC", x_BTD, self.key_DKC[...])
         value_BTKC = jnp.einsum("BTD,DKC->BTKC", x_BTD, self.value_DKC[...])
@@ -99,15 +145,61 @@ class Attention(nnx.Module):
             query_BTHC += self.query_bias_HC[...][None, None]
             key_BTKC += self.key_bias_KC[...][None, None]
             value_BTKC += self.value_bias_KC[...][None, None]
-        mixed_BTHC = jax.nn.dot_product_attention(
-            apply_rotary(query_BTHC, rotary_TC),
-            apply_rotary(key_BTKC, rotary_TC),
-            value_BTKC,
-            is_causal=True,
-            local_window_size=self.window,
-        )
-        out_BTD = jnp.einsum("BTHC,HCD->BTD", mixed_BTHC, self.output_HCD[...])
+        return apply_rotary(query_BTHC, rotary), apply_rotary(key_BTKC, rotary), value_BTKC
+
+    def _output(self, mixed_BTHC: Float[Array, "B T H C"]) -> Float[Array, "B T D"]:
+        # Contracting H and C as one axis spares XLA's CPU backend a copy of the weight.
+        mixed_BTX = mixed_BTHC.reshape((*mixed_BTHC.shape[:2], -1))
+        out_BTD = mixed_BTX @ self.output_HCD[...].reshape((-1, self.output_HCD.shape[-1]))
         return out_BTD + self.output_bias_D[...][None, None] if self.has_bias else out_BTD
+
+
+def _attend(
+    query_BTHC: Float[Array, "B T H C"],
+    keys_BKCS: Float[Array, "B K C S"],
+    values_BKSC: Float[Array, "B K S C"],
+    seen: tuple[Bool[Array, "B T S"], Bool[Array, "B T P"] | None],
+    prefix: tuple[Float[Array, "1 K C P"], Float[Array, "1 K P C"]] | None,
+) -> Float[Array, "B T H C"]:
+    """Attention over a cache and a prefix, which lie in memory as the products want them.
+
+    `jax.nn.dot_product_attention` wants slots outside heads, and takes four times as long on a CPU. The
+    prefix is read once for all rows (as in Hydragen, Juravsky et al., 2024).
+    """
+    b, t, _, c = query_BTHC.shape
+    groups = (b, t, keys_BKCS.shape[1], -1, c)  # query heads that share a key head
+    query_BKTGC = query_BTHC.reshape(groups).swapaxes(1, 2) * c**-0.5
+    highest, total, mixed_BKTGC = _unnormalised_attention(
+        "BKTGC,BKCS->BKTGS", query_BKTGC, keys_BKCS, values_BKSC, seen[0][:, None, :, None]
+    )
+    if prefix is not None and seen[1] is not None:
+        parts = _unnormalised_attention(
+            "KBTGC,KCS->KBTGS", query_BKTGC.swapaxes(0, 1), prefix[0][0], prefix[1][0], seen[1][:, :, None]
+        )
+        prefix_highest, prefix_total, prefix_mixed_BKTGC = (part.swapaxes(0, 1) for part in parts)
+        common = jnp.maximum(highest, prefix_highest)
+        scale, prefix_scale = jnp.exp(highest - common), jnp.exp(prefix_highest - common)
+        total = scale * total + prefix_scale * prefix_total
+        mixed_BKTGC = scale * mixed_BKTGC + prefix_scale * prefix_mixed_BKTGC
+    mixed_BKTGC = (mixed_BKTGC / total).astype(query_BTHC.dtype)
+    return mixed_BKTGC.swapaxes(1, 2).reshape(query_BTHC.shape)
+
+
+def _unnormalised_attention(
+    product: str, query: Array, keys: Array, values: Array, seen: Bool[Array, "..."]
+) -> tuple[Array, Array, Array]:
+    """The highest logit (last axis 1), the sum of exp(logit - highest), and values weighted with those.
+
+    What several sets of keys give can be put together, as if they were one set.
+    """
+    axes, sets, logits_axes = product.replace("->", ",").split(",")
+    logits = jnp.einsum(product, query, keys).astype(_FLOAT32)
+    logits = jnp.where(jnp.broadcast_to(seen, logits.shape), logits, _NEVER)
+    highest = logits.max(axis=-1, keepdims=True)
+    weights = jnp.exp(logits - highest)
+    back = f"{logits_axes},{sets.replace('CS', 'SC')}->{axes}"
+    mixed = jnp.einsum(back, weights.astype(values.dtype), values)
+    return highest, weights.sum(axis=-1, keepdims=True), mixed.astype(_FLOAT32)
 
 
 class GatedMLP(nnx.Module):
@@ -153,6 +245,14 @@ class Block(nnx.Module):
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary_TC)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
+    def extend(
+        self, x_BTD: Float[Array, "B T D"], *context: Any
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B K C S"], Float[Array, "B K S C"]]:
+        """The same after what a cache holds; `context` is what `Attention.extend` asks for."""
+        mixed_BTD, keys_BKCS, values_BKSC = self.attention.extend(self.attention_norm(x_BTD), *context)
+        x_BTD = x_BTD + mixed_BTD
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), keys_BKCS, values_BKSC
+
 
 class Head(nnx.Module):
     """The final norm and, unless the embedding serves, the unembedding."""
@@ -195,11 +295,69 @@ class Decoder(nnx.Module):
                 x_BTD = layer(x_BTD, rotary_TC)
         return x_BTD
 
+    def empty_cache(self, batch: int, slots: int) -> Cache:
+        """A cache for `batch` rows of up to `slots` tokens, padding included."""
+        arch = self.arch
+        heads, width, dtype = arch.key_value_heads, arch.head_width, self.embedding_VD[...].dtype
+        keys = tuple(jnp.zeros((batch, heads, width, slots), dtype) for _ in self.layers)
+        values = tuple(jnp.zeros((batch, heads, slots, width), dtype) for _ in self.layers)
+        return Cache(keys, values, jnp.full((batch, slots), -1, jnp.int32), jnp.zeros((), jnp.int32))
+
+    def extend(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        cache: Cache,
+        prefix: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """The residual stream at positions that follow those in the cache, and the cache with them.
+
+        Where a position is -1 there is no token; what comes out there means nothing. `prefix` is a cache of
+        one row, which comes before every row of `cache`.
+        """
+        cos_PC, sin_PC = rotary_tables(self.arch.rotary, self.arch.head_width, self.arch.max_positions)
+        at_BT = jnp.maximum(positions_BT, 0)
+        rotary_BTC = (cos_PC[at_BT], sin_PC[at_BT])
+        slot = cache.used
+        positions_BS = jax.lax.dynamic_update_slice_in_dim(cache.positions_BS, positions_BT, slot, axis=1)
+        seen = (
+            self._seen(positions_BT, positions_BS),
+            None if prefix is None else self._seen(positions_BT, prefix.positions_BS),
+        )
+        x_BTD = self.embedding_VD[...][tokens_BT]
+        keys, values = [], []
+        with _exact_products():
+            for number, layer in enumerate(self.layers):
+                x_BTD, keys_BKCS, values_BKSC = layer.extend(
+                    x_BTD,
+                    rotary_BTC,
+                    seen,
+                    slot,
+                    cache.keys[number],
+                    cache.values[number],
+                    None if prefix is None else (prefix.keys[number], prefix.values[number]),
+                )
+                keys.append(keys_BKCS)
+                values.append(values_BKSC)
+        return x_BTD, Cache(tuple(keys), tuple(values), positions_BS, slot + tokens_BT.shape[1])
+
+    def _seen(
+        self, positions_BT: Int[Array, "B T"], positions_BS: Int[Array, "#B S"]
+    ) -> Bool[Array, "B T S"]:
+        """Which slots each position attends to: filled ones, not after it, within the window."""
+        distance_BTS = positions_BT[:, :, None] - positions_BS[:, None, :]
+        window = self.arch.sliding_window or self.arch.max_positions
+        return (positions_BS[:, None, :] >= 0) & (distance_BTS >= 0) & (distance_BTS < window)
+
     def logits(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Next-token logits, in the dtype of the weights."""
+        return self.unembed(self(tokens_BT))
+
+    def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Next-token logits from the residual stream after the last layer."""
         if self.head is None or len(self.layers) != self.arch.layers:
             raise ValueError("logits need a decoder with all layers and with_head=True")
-        x_BTD = self.head.norm(self(tokens_BT))
+        x_BTD = self.head.norm(x_BTD)
         with _exact_products():
             if self.arch.tied_embeddings:
                 return jnp.einsum("BTD,VD->BTV", x_BTD, self.embedding_VD[...])

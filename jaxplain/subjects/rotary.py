@@ -36,8 +36,11 @@ def rotary_tables(
 
 
 def apply_rotary(x_BTHC: Float[Array, "B T H C"], tables: tuple[Array, Array]) -> Array:
-    """Rotate coordinate i against coordinate i + C/2 (the layout of Hugging Face checkpoints)."""
-    cos, sin = (table[None, :, None, :] for table in tables)
+    """Rotate coordinate i against coordinate i + C/2 (the layout of Hugging Face checkpoints).
+
+    `tables` are [T, C/2] where all rows hold the same positions, or [B, T, C/2].
+    """
+    cos, sin = (table.reshape((-1, *table.shape[-2:]))[:, :, None, :] for table in tables)
     first, second = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BTHC.dtype)

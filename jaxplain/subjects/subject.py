@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from jax.sharding import Mesh
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from jaxplain.configs import SubjectConfig
+from jaxplain.configs.extraction import SubjectConfig
 from jaxplain.errors import JaxplainError, first_line
 from jaxplain.subjects.architecture import Architecture
 from jaxplain.subjects.decoder import Decoder
@@ -70,12 +70,13 @@ class Subject:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def open_subject(config: SubjectConfig) -> Subject:
+def open_subject(config: SubjectConfig, *, field: str = "subject.id") -> Subject:
     """Find a packaged subject, a local folder or a hub model, in this order.
 
-    Raises JaxplainError where there is none of that name, or it is of no supported family.
+    Raises JaxplainError where there is none of that name, or it is of no supported family; `field` is
+    what the config calls its id.
     """
-    folder = _folder(config)
+    folder = _folder(config, field)
     if not (folder / "config.json").exists():
         raise JaxplainError(
             f"the subject's folder {folder} holds no config.json; it must be a Hugging Face model folder."
@@ -105,14 +106,14 @@ def open_subject(config: SubjectConfig) -> Subject:
     )
 
 
-def _folder(config: SubjectConfig) -> Path:
+def _folder(config: SubjectConfig, field: str) -> Path:
     if config.id in PACKAGED_SUBJECTS:
         return packaged_folder(config.id)
     path = Path(config.id).expanduser()
     if config.id and path.is_dir():
         return path.resolve()
     if not config.id or config.id[0] in "/.~":
-        raise JaxplainError(f"subject.id is {config.id!r}, but there is no such folder.")
+        raise JaxplainError(f"{field} is {config.id!r}, but there is no such folder.")
     try:
         return Path(
             huggingface_hub.snapshot_download(
@@ -124,7 +125,7 @@ def _folder(config: SubjectConfig) -> Path:
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise JaxplainError(
-            f"subject.id is {config.id!r}, which is no packaged subject "
+            f"{field} is {config.id!r}, which is no packaged subject "
             f"({', '.join(PACKAGED_SUBJECTS)}) and no folder, and the Hugging Face hub does not "
             f"give it: {first_line(error)}."
         ) from error

@@ -1,5 +1,7 @@
 """Neurons in a terminal: excerpts with the activating tokens highlighted."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
@@ -7,6 +9,7 @@ from rich.style import Style
 from rich.text import Text
 
 from jaxplain.errors import JaxplainError
+from jaxplain.store.explanations import Explanation
 from jaxplain.store.reader import Exemplar, Neuron, Store
 
 _BACKGROUNDS = {
@@ -26,6 +29,7 @@ def print_neuron(neuron: Neuron, console: Console, *, kind: str = "max", limit: 
         highlight=False,
         soft_wrap=True,
     )
+    print_explanations([e for e in neuron.explanations() if e.sign == kind], console)
     for exemplar in neuron.exemplars(kind, limit=limit):
         console.print(_excerpt(exemplar, kind, marked=console.color_system is None), soft_wrap=True)
 
@@ -44,6 +48,15 @@ def print_sample(store: Store, console: Console, *, neurons: int = 3, limit: int
         console.print()
         shown.append(neuron)
     return shown
+
+
+def print_explanations(explanations: Sequence[Explanation], console: Console) -> None:
+    """Explanations, a line each."""
+    arrows = {"max": "+", "min": "-"}
+    for explanation in explanations:
+        text = Text().append(f"  layer {explanation.layer}, neuron {explanation.index} ", "bold")
+        text.append(f"{arrows[explanation.sign]} ").append(_visible(explanation.text))
+        console.print(text, soft_wrap=True, highlight=False)
 
 
 def _most_peaked(store: Store, split: str, kind: str, place: int) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from jaxplain.configs import CorpusConfig, SourceConfig
+from jaxplain.configs.extraction import CorpusConfig, SourceConfig
 from jaxplain.corpora.hashing import lottery, split_of, text_hash
 from jaxplain.corpora.packaged import _conversations
 from jaxplain.corpora.sources import Source, open_source

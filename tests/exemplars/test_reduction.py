@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 
 from jaxplain.exemplars.extraction import counted_tokens
 from jaxplain.exemplars.merging import merge_partials
-from jaxplain.exemplars.moments import merge_moments
+from jaxplain.exemplars.moments import Moments, PowerSums, _recentred, merge_moments
 from jaxplain.exemplars.reduction import KINDS, Fold, Rows, empty_reduction
 from tests import oracle
 
@@ -63,10 +63,17 @@ def assert_equals_oracle(result, acts_NTF, counted_NT, lottery_N, k):
         np.testing.assert_array_equal(np.asarray(ranked[kind].sequence_FR), sequence, kind)
         np.testing.assert_array_equal(found, score, kind)
         np.testing.assert_array_equal(np.asarray(ranked[kind].activation_FRT), activation, kind)
-    count, mean, variance, active = oracle.statistics(acts_NTF, counted_NT)
+    assert_statistics_equal_oracle(statistics, acts_NTF, counted_NT)
+
+
+def assert_statistics_equal_oracle(statistics, acts_NTF, counted_NT):
+    count, mean, variance, skewness, kurtosis, active = oracle.statistics(acts_NTF, counted_NT)
     np.testing.assert_array_equal(statistics.count_F, count)
     np.testing.assert_allclose(statistics.mean_F, mean, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(statistics.variance_F, variance, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(statistics.variance_F, variance, rtol=1e-4)
+    # A skewness near 0 is a difference of what is much larger.
+    np.testing.assert_allclose(statistics.skewness_F, skewness, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(statistics.kurtosis_F, kurtosis, rtol=1e-4)
     np.testing.assert_allclose(statistics.fraction_active_F, active, rtol=1e-6)
 
 
@@ -117,7 +124,8 @@ def test_every_token_masked_keeps_nothing():
     ranked, statistics = reduce(acts_NTF, counted_NT, lottery_N, k=3, batch=4, mesh=make_mesh(2, 4))
     assert all((np.asarray(r.sequence_FR) == -1).all() for r in ranked.values())
     assert (statistics.count_F == 0).all()
-    assert np.isnan(statistics.mean_F).all()
+    for nothing_F in (statistics.mean_F, statistics.variance_F, statistics.skewness_F, statistics.kurtosis_F):
+        assert np.isnan(nothing_F).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 4)])
@@ -157,14 +165,76 @@ def test_any_shape_equals_oracle(seed, sequences, tokens, neurons, k, batch, lev
     assert_equals_oracle(reduce(*acts, k=k, batch=batch, mesh=make_mesh(1, 1)), *acts, k)
 
 
+@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("data", ["large mean", "heavy tails", "drifting", "first batches masked"])
+def test_shape_of_hard_distributions_on_every_mesh(data, shape):
+    rng = np.random.default_rng(7)
+    acts_NTF = (50 + rng.standard_normal((203, 7, 8))).astype(np.float32)
+    counted_NT = rng.random((203, 7)) < 0.7
+    match data:
+        case "large mean":  # of some neurons skewed to one side
+            acts_NTF[:, :, 4:] = 50 + rng.exponential(size=(203, 7, 4))
+        case "heavy tails":
+            acts_NTF = rng.standard_t(2, (203, 7, 8)).astype(np.float32) ** 3
+        case "drifting":
+            acts_NTF *= 1 + 3 * (np.arange(203) > 150)[:, None, None] + np.arange(7)[:, None]
+        case "first batches masked":
+            counted_NT[:40] = False
+    # Batches of 24 are a different number of sequences, and of slices, on every mesh; the last is uneven.
+    lottery_N = np.ones(203, np.float32)
+    _, statistics = reduce(acts_NTF, counted_NT, lottery_N, k=1, batch=24, mesh=make_mesh(*shape))
+    assert_statistics_equal_oracle(statistics, acts_NTF, counted_NT)
+
+
+def test_moments_of_known_distributions():
+    """Kurtosis is not the excess, and both are of the population."""
+    acts_NTF = np.repeat([[[0.0, -1.0]], [[0.0, 1.0]], [[1.0, 1.0]], [[0.0, -1.0]]], 4, axis=1)
+    acts_NTF = acts_NTF.astype(np.float32)
+    mesh = make_mesh(1, 1)
+    _, statistics = reduce(acts_NTF, np.ones((4, 4), bool), np.ones(4, np.float32), k=1, batch=2, mesh=mesh)
+    # A Bernoulli variable of p = 1/4 has (1 - 2p) / sqrt(p(1-p)) and 3 + (1 - 6p(1-p)) / (p(1-p)).
+    np.testing.assert_allclose(statistics.skewness_F, [2 / np.sqrt(3), 0], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(statistics.kurtosis_F, [7 / 3, 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -1234.567])
+def test_what_does_not_vary_has_no_shape(value):
+    """Not even the one that the rounding of a mean would give it."""
+    acts_NTF = np.full((37, 5, 4), value, np.float32)
+    counted_NT = np.random.default_rng(8).random((37, 5)) < 0.8
+    _, statistics = reduce(acts_NTF, counted_NT, np.ones(37, np.float32), k=1, batch=4, mesh=make_mesh(2, 2))
+    assert np.isnan(statistics.skewness_F).all()
+    assert np.isnan(statistics.kurtosis_F).all()
+    np.testing.assert_allclose(statistics.mean_F, acts_NTF[0, 0], rtol=1e-6)
+
+
+def test_rounding_beside_a_variance_of_zero_is_no_shape():
+    sums = PowerSums(*(np.full((1, 2), [0, x], np.float32) for x in (0, -1e-30, 1e-20, 1e-10)))
+    parts = Moments(token_count=np.array([9]), mean_F=np.ones((1, 2)), sums=sums, active_F=np.ones((1, 2)))
+    statistics = merge_moments(parts)
+    assert statistics.variance_F.tolist() == [0, 0]
+    assert np.isnan([statistics.skewness_F, statistics.kurtosis_F]).all()
+
+
+@pytest.mark.parametrize("by", [0.0, -0.3, 2.5])
+def test_sums_about_another_centre(by):
+    x_NF = np.random.default_rng(9).exponential(size=(11, 3))
+    found = _recentred(PowerSums(*((x_NF**power).sum(0) for power in (1, 2, 3, 4))), 11, by_F=by)
+    np.testing.assert_allclose(found, [((x_NF - by) ** power).sum(0) for power in (1, 2, 3, 4)], rtol=1e-12)
+    none = _recentred(PowerSums(*np.zeros((4, 3), np.float32)), 0, by_F=np.float32(1e38))
+    assert not np.any(none)
+
+
 def test_statistics_survive_a_large_mean():
     rng = np.random.default_rng(6)
     acts_NTF = (1000 + rng.standard_normal((64, 8, 2))).astype(np.float32)
     counted_NT = np.ones((64, 8), bool)
     _, statistics = reduce(acts_NTF, counted_NT, np.ones(64, np.float32), k=1, batch=4, mesh=make_mesh(1, 1))
-    _, mean, variance, _ = oracle.statistics(acts_NTF, counted_NT)
+    _, mean, variance, skewness, kurtosis, _ = oracle.statistics(acts_NTF, counted_NT)
     np.testing.assert_allclose(statistics.mean_F, mean, rtol=1e-6)
-    np.testing.assert_allclose(statistics.variance_F, variance, rtol=1e-3)
+    np.testing.assert_allclose(statistics.variance_F, variance, rtol=1e-5)
+    np.testing.assert_allclose(statistics.skewness_F, skewness, atol=1e-5)
+    np.testing.assert_allclose(statistics.kurtosis_F, kurtosis, rtol=1e-5)
 
 
 def test_tokens_that_count():

@@ -59,6 +59,8 @@ def write_store(path, *, finish=True, neurons=(2, 5, 9)):
             count=np.array([10, 10]),
             mean=np.array([0.5, -1.0]),
             variance=np.array([4.0, 1.0]),
+            skewness=np.array([0.125, -2.0]),
+            kurtosis=np.array([3.0, 9.0]),
             fraction_active=np.array([0.25, 1.0]),
         )
     if finish:
@@ -85,7 +87,9 @@ def test_neuron_reads_back(path):
     assert second.activations.tolist() == [116.0, 117.0]
     assert (second.corpus, second.start) == ("two", 96)
     assert third.sequence == 3
-    assert neuron.stats == jaxplain.NeuronStatistics(count=10, mean=-1.0, variance=1.0, fraction_active=1.0)
+    assert neuron.stats == jaxplain.NeuronStatistics(
+        count=10, mean=-1.0, variance=1.0, skewness=-2.0, kurtosis=9.0, fraction_active=1.0
+    )
 
 
 def test_empty_ranks_are_left_out_and_limit_holds(path):
@@ -121,7 +125,9 @@ def test_zarr_python_reads_it(path):
     assert sorted(group["train/stats"].array_keys()) == [
         "count",
         "fraction_active",
+        "kurtosis",
         "mean",
+        "skewness",
         "variance",
     ]
 

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
-from jaxplain.configs import SubjectConfig
+from jaxplain.configs.extraction import SubjectConfig
 from jaxplain.subjects.decoder import MLP_ACTIVATION, Sown
 from jaxplain.subjects.subject import open_subject
 from tests import tiny

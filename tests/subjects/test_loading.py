@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxplain.configs import SubjectConfig
+from jaxplain.configs.extraction import SubjectConfig
 from jaxplain.errors import JaxplainError
 from jaxplain.subjects.subject import open_subject
 from jaxplain.subjects.vocabulary import token_bytes

@@ -164,7 +164,7 @@ def test_gguf_of_another_architecture_is_refused(tmp_path):
 def test_packaged_smollm2_speaks_sense():
     import jax.numpy as jnp
 
-    from jaxplain.configs import SubjectConfig
+    from jaxplain.configs.extraction import SubjectConfig
     from jaxplain.subjects.subject import open_subject
 
     subject = open_subject(SubjectConfig(id="smollm2-135m-instruct"))

@@ -1,20 +1,12 @@
-"""The blocks that configs are made of: one frozen dataclass each, the same in every command.
-
-Field descriptions here are what `--help` prints. Construction validates and does nothing else.
-"""
+"""What `python -m jaxplain.extract` is told, and the blocks that other commands share with it."""
 
 import dataclasses
 import math
 import re
 from typing import Literal
 
-from jaxplain.errors import JaxplainError
+from jaxplain.configs.checks import require
 from jaxplain.exemplars.reduction import Kind
-
-
-def _require(holds: bool, field: str, value: object, remedy: str) -> None:
-    if not holds:
-        raise JaxplainError(f"{field} is {value!r}; {remedy}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,26 +57,26 @@ class SourceConfig:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             (self.preset is None) != (self.dataset is None),
             "corpus.sources",
             self.preset or self.dataset,
             "every source needs either a preset or a dataset, and not both",
         )
-        _require(
+        require(
             math.isfinite(self.weight) and self.weight > 0,
             "corpus.sources.weight",
             self.weight,
             "give a positive number",
         )
         taken = [name for name in _DATASET_FIELDS if getattr(self, name) is not None]
-        _require(
+        require(
             self.preset is None or not taken,
             "corpus.sources.preset",
             self.preset,
             f"it sets {', '.join(taken)} itself, so leave that out",
         )
-        _require(
+        require(
             self.text_column is None or self.chat_column is None,
             "corpus.sources.chat_column",
             self.chat_column,
@@ -143,41 +135,41 @@ class CorpusConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(bool(self.sources), "corpus.sources", self.sources, "give at least one source")
-        _require(
+        require(bool(self.sources), "corpus.sources", self.sources, "give at least one source")
+        require(
             self.sequence_length >= 2,
             "corpus.sequence_length",
             self.sequence_length,
             "give 2 or more tokens",
         )
-        _require(
+        require(
             self.stride is None or 1 <= self.stride <= self.sequence_length,
             "corpus.stride",
             self.stride,
             f"give 1 to {self.sequence_length} tokens",
         )
-        _require(
+        require(
             self.max_sequences >= 0,
             "corpus.max_sequences",
             self.max_sequences,
             "give 0 for no limit, or a positive number",
         )
-        _require(0 <= self.seed < 2**32, "corpus.seed", self.seed, "give a number from 0")
+        require(0 <= self.seed < 2**32, "corpus.seed", self.seed, "give a number from 0")
         for name in self.splits:
-            _require(
+            require(
                 re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None and name != "vocabulary",
                 "corpus.splits",
                 name,
                 "name splits with letters, digits, - and _ (vocabulary is taken)",
             )
-        _require(
+        require(
             0 <= self.exclude.first < self.sequence_length,
             "corpus.exclude.first",
             self.exclude.first,
             f"give 0 to {self.sequence_length - 1} tokens",
         )
         shares = self.splits.values()
-        _require(
+        require(
             bool(shares) and min(shares) > 0 and sum(shares) <= 1 + 1e-9,
             "corpus.splits",
             self.splits,
@@ -190,17 +182,17 @@ class NeuronsConfig:
     """Which neurons to keep exemplars of.
 
     Args:
-        layers: Layers by number from 0, or all.
-        indices: Neurons of each layer by number from 0, or all.
+        layers: Layers by number from 0; all; or a range start:stop:step such as 0:30:3.
+        indices: Neurons of each layer, given in the same ways.
         file: A .npy of (layer, neuron) pairs, integers [N, 2], in place of the two above.
     """
 
-    layers: Literal["all"] | list[int] = "all"
-    indices: Literal["all"] | list[int] = "all"
+    layers: str | list[int] = "all"
+    indices: str | list[int] = "all"
     file: str | None = None
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.file is None or (self.layers == "all" and self.indices == "all"),
             "neurons.file",
             self.file,
@@ -229,8 +221,8 @@ class ExemplarsConfig:
         for field in ("splits", "kinds"):
             values = getattr(self, field)
             unique = bool(values) and len(set(values)) == len(values)
-            _require(unique, f"exemplars.{field}", values, "name at least one, and none twice")
-        _require(self.k >= 1, "exemplars.k", self.k, "give a positive number of sequences")
+            require(unique, f"exemplars.{field}", values, "name at least one, and none twice")
+        require(self.k >= 1, "exemplars.k", self.k, "give a positive number of sequences")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -261,7 +253,7 @@ class RunConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.batch_size >= 1,
             "run.batch_size",
             self.batch_size,
@@ -290,9 +282,9 @@ class ExtractConfig:
     run: RunConfig = RunConfig()
 
     def __post_init__(self) -> None:
-        _require(bool(self.output.strip()), "output", self.output, "name a folder")
+        require(bool(self.output.strip()), "output", self.output, "name a folder")
         for split in self.exemplars.splits:
-            _require(
+            require(
                 split in self.corpus.splits,
                 "exemplars.splits",
                 split,

@@ -1,0 +1,76 @@
+"""Mean activation of every vocabulary token, from the sequences that a store keeps: a token table.
+
+The stored sequences are two samples of all that were seen: the extreme ones, of which none is missing, and
+the random ones. Taken as two strata, the random ones standing for all that are not extreme, they
+estimate the mean without another pass and without bias towards what is extreme (the estimator of
+Horvitz & Thompson, 1952). Describing neurons by such tokens goes back to the token-space
+explanations of Bills et al. (2023).
+"""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxplain.configs.explanation import Sign
+from jaxplain.store.reader import Exemplar, Neuron
+
+_PRIOR_TOKENS = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenMeans:
+    """Mean activation by token, strongest first, counted so that the explained sign is positive.
+
+    Attributes:
+        tokens: Token ids that occur in the stored sequences, int32 [N].
+        means: Estimated mean activation at that token, drawn towards the neuron's overall mean as if
+            the token had once more been seen with that, float32 [N].
+        counts: How often the token occurs in the stored sequences, int64 [N].
+    """
+
+    tokens: Int[np.ndarray, "N"]
+    means: Float[np.ndarray, "N"]
+    counts: Int[np.ndarray, "N"]
+
+
+def token_means(neuron: Neuron, sign: Sign) -> TokenMeans:
+    """Mean activations from the exemplars of a sign and the random ones, where the store has them."""
+    kinds = neuron.split.kinds
+    extreme = neuron.exemplars(sign)
+    inside = {exemplar.sequence for exemplar in extreme}
+    others = [
+        exemplar
+        for exemplar in (neuron.exemplars("random") if "random" in kinds else [])
+        if exemplar.sequence not in inside
+    ]
+    unseen = neuron.split.sequence_count - len(extreme)
+    weights = [1.0] * len(extreme) + [unseen / max(len(others), 1)] * len(others)
+    direction = 1.0 if sign == "max" else -1.0
+    return _weighted_means([*extreme, *others], weights, direction, direction * neuron.stats.mean)
+
+
+def _weighted_means(
+    exemplars: list[Exemplar], weights: list[float], direction: float, overall: float
+) -> TokenMeans:
+    token_N = np.concatenate([exemplar.tokens for exemplar in exemplars])
+    act_N = direction * np.concatenate([exemplar.activations for exemplar in exemplars])
+    weight_N = np.repeat(weights, [len(exemplar.tokens) for exemplar in exemplars])
+    counted_N = ~np.isnan(act_N)
+    tokens, place_N, counts = np.unique(token_N[counted_N], return_inverse=True, return_counts=True)
+    total = np.bincount(place_N, weight_N[counted_N] * act_N[counted_N])
+    weight = np.bincount(place_N, weight_N[counted_N])
+    means = (total + _PRIOR_TOKENS * overall) / (weight + _PRIOR_TOKENS)
+    order = np.lexsort((tokens, -means))
+    return TokenMeans(
+        tokens=tokens[order].astype(np.int32),
+        means=means[order].astype(np.float32),
+        counts=counts[order],
+    )
+
+
+def describe_tokens(names: list[str]) -> str:
+    """An explanation that lists tokens, each once whatever its case and spaces."""
+    distinct = {name.strip().lower() or name: name for name in reversed(names)}
+    listed = [f'"{name}"' for name in names if distinct.get(name.strip().lower() or name) == name]
+    return f"tokens such as {', '.join(listed)}"

@@ -1,0 +1,101 @@
+"""python -m jaxplain.export RUN --explanations FILE: explanations as a table for other tools."""
+
+import argparse
+import csv
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jaxplain.commands import run
+from jaxplain.errors import JaxplainError
+from jaxplain.store.explanations import DATABASE_NAME, Explanation, open_explanations
+
+_COLUMNS = [field.name for field in dataclasses.fields(Explanation)]
+_ROWS_AT_ONCE = 10_000
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse and write."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxplain.export",
+        description="Write explanations as a table, one row each.",
+    )
+    parser.add_argument("run", help="a run's folder, or an explanations.sqlite")
+    parser.add_argument(
+        "--explanations", required=True, metavar="FILE", help="ends in .parquet, .jsonl or .csv"
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    options = parser.parse_args(list(arguments))
+    rows = export_explanations(Path(options.run), Path(options.explanations))
+    print(f"{rows:,} explanations are in {options.explanations}")
+
+
+def export_explanations(run_folder: Path, out: Path) -> int:
+    """Write all explanations of a run to a file whose name says the format, and say how many.
+
+    Raises JaxplainError where there are none, or the format is not known. The file appears whole or not
+    at all.
+    """
+    write = _WRITERS.get(out.suffix)
+    if write is None:
+        raise JaxplainError(f"--explanations is {out}; its name must end in {', '.join(_WRITERS)}.")
+    database = run_folder / DATABASE_NAME if run_folder.is_dir() else run_folder
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        with open_explanations(database) as explanations:
+            rows = write(explanations.each_explanation(), partial)
+        os.replace(partial, out)
+    except OSError as error:
+        raise JaxplainError(f"{out} cannot be written: {error.strerror}.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return rows
+
+
+def _write_csv(explanations: Iterable[Explanation], path: Path) -> int:
+    rows = 0
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, _COLUMNS)
+        writer.writeheader()
+        for rows, explanation in enumerate(explanations, 1):  # noqa: B007
+            writer.writerow(dataclasses.asdict(explanation))
+    return rows
+
+
+def _write_jsonl(explanations: Iterable[Explanation], path: Path) -> int:
+    rows = 0
+    with path.open("w", encoding="utf-8") as file:
+        for rows, explanation in enumerate(explanations, 1):  # noqa: B007
+            file.write(json.dumps(dataclasses.asdict(explanation), ensure_ascii=False) + "\n")
+    return rows
+
+
+def _write_parquet(explanations: Iterable[Explanation], path: Path) -> int:
+    numbers = ("layer", "index", "sample", "recipe")
+    schema = pa.schema([(name, pa.int32() if name in numbers else pa.string()) for name in _COLUMNS])
+    rows = 0
+    pending: list[dict[str, object]] = []
+    with pq.ParquetWriter(path, schema) as writer:
+        for rows, explanation in enumerate(explanations, 1):  # noqa: B007
+            pending.append(dataclasses.asdict(explanation))
+            if len(pending) == _ROWS_AT_ONCE:
+                writer.write_table(pa.Table.from_pylist(pending, schema))
+                pending = []
+        writer.write_table(pa.Table.from_pylist(pending, schema))
+    return rows
+
+
+_WRITERS: dict[str, Callable[[Iterable[Explanation], Path], int]] = {
+    ".parquet": _write_parquet,
+    ".jsonl": _write_jsonl,
+    ".csv": _write_csv,
+}
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,449 @@
+"""explanations.sqlite, beside a store: every sample asked for, what came of it, and who is at work.
+
+    store(fingerprint)                the store that the neurons belong to
+    recipes(...)                      one row for every config that explanations were made by, and what
+                                      it has cost so far
+    work(recipe, layer, neuron, ...)  which neurons are done, and which are claimed by a running process
+    samples(recipe, layer, neuron, sign, sample, ...)
+                                      an explanation, or why there is none: status explained, silent,
+                                      refused, unparsable or failed; with prompt, reply, tokens, cost
+    messages(...)                     the texts that prompts are made of, each once
+    batches(...)                      jobs at a provider's batch API
+    explanations_text                 full-text index (FTS5) of explanations
+    explanations, failures            views of samples
+
+A neuron's samples are written in one transaction. Several processes may work on one database.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxplain.errors import JaxplainError, first_line
+
+DATABASE_NAME = "explanations.sqlite"
+_VERSION = 1
+_LEASE_SECONDS = 120.0
+_BUSY_SECONDS = 60.0
+
+Status = Literal["explained", "silent", "refused", "unparsable", "failed"]
+
+_SCHEMA = """
+CREATE TABLE store (fingerprint TEXT NOT NULL, subject TEXT NOT NULL);
+CREATE TABLE recipes (
+    id INTEGER PRIMARY KEY, config TEXT NOT NULL UNIQUE, jaxplain_version TEXT NOT NULL,
+    created REAL NOT NULL, requests INTEGER NOT NULL DEFAULT 0, cost_usd REAL NOT NULL DEFAULT 0
+);
+CREATE TABLE work (
+    recipe INTEGER NOT NULL REFERENCES recipes, layer INTEGER NOT NULL, neuron INTEGER NOT NULL,
+    owner TEXT, expires REAL,
+    PRIMARY KEY (recipe, layer, neuron)
+) WITHOUT ROWID;
+CREATE TABLE messages (
+    id INTEGER PRIMARY KEY, role TEXT NOT NULL, content TEXT NOT NULL, UNIQUE (role, content)
+);
+CREATE TABLE samples (
+    id INTEGER PRIMARY KEY, recipe INTEGER NOT NULL REFERENCES recipes,
+    layer INTEGER NOT NULL, neuron INTEGER NOT NULL,
+    sign TEXT NOT NULL CHECK (sign IN ('max', 'min')), sample INTEGER NOT NULL,
+    status TEXT NOT NULL CHECK (status IN ('explained', 'silent', 'refused', 'unparsable', 'failed')),
+    text TEXT CHECK ((status = 'explained') = (text IS NOT NULL) AND trim(text) <> ''),
+    detail TEXT, reply TEXT, messages TEXT NOT NULL, sequences TEXT NOT NULL, model TEXT,
+    input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, cost_usd REAL NOT NULL,
+    created REAL NOT NULL,
+    UNIQUE (recipe, layer, neuron, sign, sample)
+);
+CREATE INDEX samples_of_neuron ON samples (layer, neuron);
+CREATE TABLE batches (
+    id INTEGER PRIMARY KEY, recipe INTEGER NOT NULL REFERENCES recipes, label TEXT NOT NULL UNIQUE,
+    name TEXT, requests TEXT NOT NULL, reserved_usd REAL NOT NULL, created REAL NOT NULL
+);
+CREATE VIRTUAL TABLE explanations_text USING fts5 (text, content='samples', content_rowid='id');
+CREATE TRIGGER samples_inserted AFTER INSERT ON samples WHEN new.text IS NOT NULL BEGIN
+    INSERT INTO explanations_text (rowid, text) VALUES (new.id, new.text);
+END;
+CREATE TRIGGER samples_deleted AFTER DELETE ON samples WHEN old.text IS NOT NULL BEGIN
+    INSERT INTO explanations_text (explanations_text, rowid, text) VALUES ('delete', old.id, old.text);
+END;
+CREATE VIEW explanations AS
+    SELECT id, recipe, layer, neuron, sign, sample, text, model, cost_usd, created
+    FROM samples WHERE status = 'explained';
+CREATE VIEW failures AS
+    SELECT id, recipe, layer, neuron, sign, sample, status, detail, reply, model, created
+    FROM samples WHERE status <> 'explained';
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """One explanation of a neuron.
+
+    Attributes:
+        layer, index: The neuron.
+        sign: max explains what drives it up, min what drives it down.
+        text: The explanation.
+        sample: Number among the explanations that were drawn for this neuron and sign.
+        provider: token_table, local, gemini or openai.
+        model: The model that answered, as it calls itself; None for token_table.
+        style: The prompt's style.
+        recipe: Number of the config in the database's table `recipes`.
+    """
+
+    layer: int
+    index: int
+    sign: str
+    text: str
+    sample: int
+    provider: str
+    model: str | None
+    style: str
+    recipe: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What came of one request for an explanation; `text` is there if and only if it is `explained`."""
+
+    sign: str
+    sample: int
+    status: Status
+    text: str | None = None
+    detail: str | None = None
+    reply: str | None = None
+    messages: Sequence[tuple[str, str]] = ()
+    sequences: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
+    model: str | None = None
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost_usd: float = 0.0
+
+
+class ExplanationDatabase:
+    """The database, open for reading and writing, in one process. Use as a context manager."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection):
+        self.path, self._connection = path, connection
+        self.owner = f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}"
+
+    def __enter__(self) -> "ExplanationDatabase":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+                self._connection.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    self._connection.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            raise JaxplainError(f"{self.path} could not be written: {first_line(error)}.") from error
+
+    # Recipes and what they cost.
+
+    def recipe(self, config: Mapping[str, Any], version: str) -> int:
+        """The number of a config; added if it is new. What it holds decides what counts as the same work."""
+        text = json.dumps(config, sort_keys=True)
+        with self._transaction() as c:
+            c.execute(
+                "INSERT OR IGNORE INTO recipes (config, jaxplain_version, created) VALUES (?, ?, ?)",
+                (text, version, time.time()),
+            )
+            return c.execute("SELECT id FROM recipes WHERE config = ?", (text,)).fetchone()[0]
+
+    def reserve(
+        self, recipe: int, cost_usd: float, *, max_requests: int | None, max_cost_usd: float | None
+    ) -> bool:
+        """Book a request and the most that it can cost; False where that would exceed a limit."""
+        with self._transaction() as c:
+            booked = c.execute(
+                "UPDATE recipes SET requests = requests + 1, cost_usd = cost_usd + :cost WHERE id = :recipe "
+                "AND (:requests IS NULL OR requests < :requests) "
+                "AND (:limit IS NULL OR cost_usd + :cost <= :limit + 1e-12)",
+                {"cost": cost_usd, "recipe": recipe, "requests": max_requests, "limit": max_cost_usd},
+            )
+            return booked.rowcount == 1
+
+    def settle(self, recipe: int, reserved_usd: float, cost_usd: float) -> None:
+        """Put what a request did cost in place of what was booked."""
+        with self._transaction() as c:
+            c.execute(
+                "UPDATE recipes SET cost_usd = max(0, cost_usd + ?) WHERE id = ?",
+                (cost_usd - reserved_usd, recipe),
+            )
+
+    def spent(self, recipe: int) -> tuple[int, float]:
+        """Requests and US dollars so far."""
+        return self._connection.execute(
+            "SELECT requests, cost_usd FROM recipes WHERE id = ?", (recipe,)
+        ).fetchone()
+
+    # Who does which neuron.
+
+    def done(self, recipe: int) -> set[tuple[int, int]]:
+        """The (layer, neuron) pairs that are complete."""
+        rows = self._connection.execute(
+            "SELECT layer, neuron FROM work WHERE recipe = ? AND owner IS NULL", (recipe,)
+        )
+        return {(layer, neuron) for layer, neuron in rows}
+
+    def claim(self, recipe: int, layer: int, neuron: int) -> bool:
+        """Take a neuron on, unless it is done or a living process has it."""
+        key, now = (recipe, layer, neuron), time.time()
+        with self._transaction() as c:
+            row = c.execute(
+                "SELECT owner, expires FROM work WHERE recipe = ? AND layer = ? AND neuron = ?", key
+            ).fetchone()
+            if row is not None and (row[0] is None or (row[1] > now and _may_live(row[0]))):
+                return False
+            c.execute(
+                "INSERT OR REPLACE INTO work VALUES (?, ?, ?, ?, ?)", (*key, self.owner, now + _LEASE_SECONDS)
+            )
+            return True
+
+    @contextlib.contextmanager
+    def keeping_claims(self) -> Iterator[None]:
+        """Renew this process's claims meanwhile; give up those that are left in the end."""
+        stop = threading.Event()
+
+        def renew() -> None:
+            with contextlib.closing(_connect(self.path)) as connection:
+                while not stop.wait(_LEASE_SECONDS / 4):
+                    with contextlib.suppress(sqlite3.Error):
+                        connection.execute(
+                            "UPDATE work SET expires = ? WHERE owner = ?",
+                            (time.time() + _LEASE_SECONDS, self.owner),
+                        )
+
+        thread = threading.Thread(target=renew, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            with self._transaction() as c:
+                c.execute("DELETE FROM work WHERE owner = ?", (self.owner,))
+
+    def forget(self, recipe: int, neurons: Iterable[tuple[int, int]]) -> None:
+        """Remove what a recipe gave for some neurons, so that it is done again."""
+        with self._transaction() as c:
+            keys = [(recipe, layer, neuron) for layer, neuron in neurons]
+            for table in ("samples", "work"):
+                c.executemany(f"DELETE FROM {table} WHERE recipe = ? AND layer = ? AND neuron = ?", keys)
+
+    # Samples.
+
+    def answered(self, recipe: int, layer: int, neuron: int) -> set[tuple[str, int]]:
+        """The (sign, sample) pairs that need not be asked for again: all but those that failed."""
+        rows = self._connection.execute(
+            "SELECT sign, sample FROM samples WHERE recipe = ? AND layer = ? AND neuron = ? "
+            "AND status <> 'failed'",
+            (recipe, layer, neuron),
+        )
+        return {(sign, sample) for sign, sample in rows}
+
+    def finish(self, recipe: int, layer: int, neuron: int, samples: Sequence[Sample]) -> None:
+        """Write a neuron's samples; it is done unless one of them failed."""
+        key, now = (recipe, layer, neuron), time.time()
+        with self._transaction() as c:
+            for sample in samples:
+                c.execute(
+                    "DELETE FROM samples WHERE recipe = ? AND layer = ? AND neuron = ? AND sign = ? "
+                    "AND sample = ?",
+                    (*key, sample.sign, sample.sample),
+                )
+                c.execute(
+                    f"INSERT INTO samples VALUES (NULL, {', '.join('?' * 16)})",
+                    (
+                        *key,
+                        sample.sign,
+                        sample.sample,
+                        sample.status,
+                        sample.text,
+                        sample.detail,
+                        sample.reply,
+                        json.dumps([_message_id(c, *message) for message in sample.messages]),
+                        json.dumps({kind: list(rows) for kind, rows in sample.sequences.items()}),
+                        sample.model,
+                        sample.input_tokens,
+                        sample.output_tokens,
+                        sample.cost_usd,
+                        now,
+                    ),
+                )
+            if any(sample.status == "failed" for sample in samples):
+                c.execute("DELETE FROM work WHERE recipe = ? AND layer = ? AND neuron = ?", key)
+            else:
+                c.execute("INSERT OR REPLACE INTO work VALUES (?, ?, ?, NULL, NULL)", key)
+
+    def counts(self, recipe: int) -> dict[str, int]:
+        """How many samples of a recipe have each status."""
+        rows = self._connection.execute(
+            "SELECT status, count(*) FROM samples WHERE recipe = ? GROUP BY status", (recipe,)
+        )
+        return dict(rows.fetchall())
+
+    def explanations(self, layer: int | None = None, index: int | None = None) -> list[Explanation]:
+        """All explanations, or those of a layer or neuron, in order of neuron, sign, recipe and sample."""
+        return list(self.each_explanation(layer, index))
+
+    def each_explanation(self, layer: int | None = None, index: int | None = None) -> Iterator[Explanation]:
+        """The same, one by one."""
+        rows = self._connection.execute(
+            "SELECT layer, neuron, sign, text, sample, recipe, model, "
+            "json_extract(config, '$.explainer.provider'), json_extract(config, '$.prompt.style') "
+            "FROM explanations JOIN recipes ON recipes.id = recipe "
+            "WHERE (:layer IS NULL OR layer = :layer) AND (:index IS NULL OR neuron = :index) "
+            "ORDER BY layer, neuron, sign, recipe, sample",
+            {"layer": layer, "index": index},
+        )
+        for layer_, neuron, sign, text, sample, recipe, model, provider, style in rows:
+            yield Explanation(
+                layer=layer_,
+                index=neuron,
+                sign=sign,
+                text=text,
+                sample=sample,
+                provider=provider,
+                model=model,
+                style=style,
+                recipe=recipe,
+            )
+
+    def search(self, query: str) -> list[Explanation]:
+        """Explanations that match a full-text query, best first (SQLite's FTS5 syntax)."""
+        try:
+            rows = self._connection.execute(
+                "SELECT layer, neuron, sign, sample, recipe FROM explanations_text "
+                "JOIN samples ON samples.id = explanations_text.rowid WHERE explanations_text MATCH ? "
+                "ORDER BY rank",
+                (query,),
+            ).fetchall()
+        except sqlite3.OperationalError as error:
+            raise JaxplainError(f"{query!r} is no full-text query: {first_line(error)}.") from error
+        found = []
+        for layer, neuron, sign, sample, recipe in rows:
+            key = (sign, sample, recipe)
+            found += [e for e in self.explanations(layer, neuron) if (e.sign, e.sample, e.recipe) == key]
+        return found
+
+    # Batch jobs.
+
+    def add_batch(self, recipe: int, label: str, requests: Sequence[str], reserved_usd: float) -> None:
+        """Note a job that is about to be submitted under a label of our own."""
+        with self._transaction() as c:
+            c.execute(
+                "INSERT INTO batches (recipe, label, requests, reserved_usd, created) VALUES (?, ?, ?, ?, ?)",
+                (recipe, label, json.dumps(requests), reserved_usd, time.time()),
+            )
+
+    def name_batch(self, label: str, name: str) -> None:
+        """Note the provider's name for a submitted job."""
+        with self._transaction() as c:
+            c.execute("UPDATE batches SET name = ? WHERE label = ?", (name, label))
+
+    def remove_batch(self, label: str) -> None:
+        """Forget a job: it is done, failed, or was never submitted."""
+        with self._transaction() as c:
+            c.execute("DELETE FROM batches WHERE label = ?", (label,))
+
+    def batches(self, recipe: int) -> list[tuple[str, str | None, list[str], float]]:
+        """Jobs under way: label, the provider's name if known, keys of the requests, and what is booked."""
+        rows = self._connection.execute(
+            "SELECT label, name, requests, reserved_usd FROM batches WHERE recipe = ? ORDER BY id", (recipe,)
+        )
+        return [(label, name, json.loads(requests), booked) for label, name, requests, booked in rows]
+
+
+def open_explanations(
+    path: Path, *, fingerprint: str | None = None, subject: str | None = None
+) -> ExplanationDatabase:
+    """Open a database, or create one where `fingerprint` and `subject` of the store are given.
+
+    Raises JaxplainError where there is none, or it is not jaxplain's, or belongs to another store.
+    """
+    if subject is None and not path.exists():
+        raise JaxplainError(
+            f"there are no explanations at {path}; make some with python -m jaxplain.explain."
+        )
+    try:
+        connection = _connect(path)
+        if fingerprint is not None and subject is not None:
+            _create(connection, fingerprint, subject)
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version != _VERSION:
+            raise JaxplainError(
+                f"{path} is a database of version {version}, and this jaxplain reads version {_VERSION}."
+            )
+        kept = connection.execute("SELECT fingerprint, subject FROM store").fetchone()
+    except sqlite3.Error as error:
+        raise JaxplainError(
+            f"{path} is no database of explanations that can be used here: {first_line(error)}."
+        ) from error
+    if fingerprint is not None and kept[0] != fingerprint:
+        connection.close()
+        raise JaxplainError(
+            f"{path} holds explanations of another store (of {kept[1]}); name another folder as output."
+        )
+    return ExplanationDatabase(path, connection)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = NORMAL")
+    return connection
+
+
+def _create(connection: sqlite3.Connection, fingerprint: str, subject: str) -> None:
+    connection.execute("BEGIN IMMEDIATE")
+    if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+        for statement in _statements(_SCHEMA):
+            connection.execute(statement)
+        connection.execute("INSERT INTO store VALUES (?, ?)", (fingerprint, subject))
+        connection.execute(f"PRAGMA user_version = {_VERSION}")
+    connection.execute("COMMIT")
+
+
+def _statements(script: str) -> Iterator[str]:
+    statement = ""
+    for line in script.strip().splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
+
+def _message_id(connection: sqlite3.Connection, role: str, content: str) -> int:
+    connection.execute("INSERT OR IGNORE INTO messages (role, content) VALUES (?, ?)", (role, content))
+    found = connection.execute("SELECT id FROM messages WHERE role = ? AND content = ?", (role, content))
+    return found.fetchone()[0]
+
+
+def _may_live(owner: str) -> bool:
+    """False only for a process of this host that is gone."""
+    host, process, _ = owner.rsplit(":", 2)
+    if host != socket.gethostname():
+        return True
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
