@@ -13,7 +13,7 @@ def parse_range(text: str, field: str, length: int) -> range:
     Raises JaxplainError, naming the config's field, where the text is no range or the step is 0.
     """
     match = _RANGE.fullmatch(text.strip())
-    if match is None or match[3] == "0":
+    if match is None or (match[3] and int(match[3]) == 0):
         raise JaxplainError(
             f"{field} is {text!r}; write a range as start:stop or start:stop:step, such as 0:20."
         )

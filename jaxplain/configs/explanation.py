@@ -78,6 +78,12 @@ class LocalModelConfig:
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "explainer.local.batch_size", self.batch_size, "give a positive number")
         require(
+            all(map(all, self.escape.items())),
+            "explainer.local.escape",
+            self.escape,
+            "neither text nor replacement may be empty",
+        )
+        require(
             len(set(self.escape.values())) == len(self.escape),
             "explainer.local.escape",
             self.escape,
@@ -259,7 +265,8 @@ class PromptConfig:
             highlighted_both_signs does so for both signs in one prompt; contrastive adds excerpts on
             which the neuron is silent; token_list and activation_values show only the vocabulary
             tokens with the highest mean activation, the latter with the means.
-        exemplars: How many exemplars to show: a number, or [least, most] to draw it for every sample.
+        exemplars: How many exemplars to show, at most: a number, or [least, most] to draw it for
+            every neuron (every sample with resample_exemplars).
         ranks: From which ranks they are taken, as start:stop:step.
         permute: Show them in random order rather than strongest first.
         resample_exemplars: Draw exemplars and order anew for every sample of a neuron.

@@ -187,8 +187,8 @@ class NeuronsConfig:
         file: A .npy of (layer, neuron) pairs, integers [N, 2], in place of the two above.
     """
 
-    layers: str | list[int] = "all"
-    indices: str | list[int] = "all"
+    layers: list[int] | str = "all"
+    indices: list[int] | str = "all"
     file: str | None = None
 
     def __post_init__(self) -> None:

@@ -42,14 +42,14 @@ def gather(neuron: Neuron, sign: Sign, sample: int, config: ExplainConfig) -> Ev
     both = prompt.style == "highlighted_both_signs"
     count = int(rng.integers(*prompt.exemplar_range, endpoint=True))
     ranked = neuron.exemplars(sign)
-    chosen = _choose(ranked, -(-count // 2) if both else count, prompt, rng)
+    chosen = _choose(ranked, sign, -(-count // 2) if both else count, prompt, rng)
     sequences: dict[str, list[int]] = {sign: [e.sequence for e in chosen]}
     excerpts = [excerpt_of(e, sign).around_peak(prompt.context) for e in chosen]
     threshold = _threshold(ranked, excerpts, sign, neuron.stats.count, prompt.quantile)
     negative_threshold, counterexamples = np.inf, []
     if both:
         opposite = neuron.exemplars("min")
-        chosen = _choose(opposite, count // 2 or 1, prompt, rng)
+        chosen = _choose(opposite, "min", count // 2 or 1, prompt, rng)
         sequences["min"] = [e.sequence for e in chosen]
         negatives = [excerpt_of(e, "min").around_peak(prompt.context) for e in chosen]
         negative_threshold = _threshold(opposite, negatives, "min", neuron.stats.count, prompt.quantile)
@@ -62,14 +62,14 @@ def gather(neuron: Neuron, sign: Sign, sample: int, config: ExplainConfig) -> Ev
         ][: prompt.counterexamples]
         sequences["random"] = [sequence for sequence, _ in silent]
         counterexamples = [excerpt.around_peak(prompt.context) for _, excerpt in silent]
-    if np.isinf(threshold) and np.isinf(negative_threshold):
+    if not excerpts:
         return None
     shown = Shown(
         excerpts=excerpts,
         threshold=float(threshold),
         negative_threshold=float(negative_threshold),
         counterexamples=counterexamples,
-        scale=max((float(e.strengths.max()) for e in excerpts), default=0.0) or 1.0,
+        scale=max(float(e.strengths.max()) for e in excerpts) or 1.0,
     )
     return Evidence(shown=shown, sequences=sequences)
 
@@ -92,9 +92,16 @@ def _token_evidence(neuron: Neuron, sign: Sign, prompt: PromptConfig) -> Evidenc
 
 
 def _choose(
-    ranked: Sequence[Exemplar], count: int, prompt: PromptConfig, rng: np.random.Generator
+    ranked: Sequence[Exemplar], sign: Sign, count: int, prompt: PromptConfig, rng: np.random.Generator
 ) -> list[Exemplar]:
-    chosen = [ranked[rank] for rank in parse_range(prompt.ranks, "prompt.ranks", len(ranked))]
+    """Exemplars of the config's ranks, but none that does not drive the neuron in the direction of `sign`."""
+    ranks = parse_range(prompt.ranks, "prompt.ranks", len(ranked))
+    if ranked and not ranks:
+        raise JaxplainError(
+            f"prompt.ranks is {prompt.ranks!r}, but the store holds {len(ranked)} exemplars per neuron."
+        )
+    direction = 1 if sign == "max" else -1
+    chosen = [ranked[rank] for rank in ranks if (direction * ranked[rank].activations > 0).any()]
     if prompt.permute:
         chosen = [chosen[i] for i in rng.permutation(len(chosen))]
     return chosen[:count]

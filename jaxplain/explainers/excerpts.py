@@ -96,13 +96,14 @@ def marked_excerpt(text: str) -> Excerpt:
 
 _FIRST_SURROGATE = 0xDC00  # surrogateescape writes byte b as this plus b
 _ESCAPES = {"\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
-_ESCAPED = re.compile(r"\\(n|t|r|x([0-9a-f]{2})|.)", re.DOTALL)
+_LINE_ENDS = (0x2028, 0x2029)
+_ESCAPED = re.compile(r"\\(n|t|r|x([0-9a-f]{2})|u([0-9a-f]{4})|.)", re.DOTALL)
 
 
 def escape(text: str, delimiters: str = "") -> str:
     """Text on one line, with a backslash before every character that occurs in a delimiter.
 
-    Control characters and bytes that are no UTF-8 are written as two hexadecimal digits.
+    Control characters and bytes that are no UTF-8 are written in hexadecimal.
     """
 
     def one(character: str) -> str:
@@ -113,7 +114,9 @@ def escape(text: str, delimiters: str = "") -> str:
         code = ord(character)
         if _FIRST_SURROGATE + 128 <= code < _FIRST_SURROGATE + 256:
             return f"\\x{code - _FIRST_SURROGATE:02x}"
-        return f"\\x{code:02x}" if code < 32 or code == 127 else character
+        if code < 32 or code == 127:
+            return f"\\x{code:02x}"
+        return f"\\u{code:04x}" if 127 < code < 160 or code in _LINE_ENDS else character
 
     return "".join(map(one, text))
 
@@ -125,6 +128,8 @@ def unescape(text: str) -> str:
         if match[2]:
             code = int(match[2], 16)
             return chr(code if code < 128 else _FIRST_SURROGATE + code)
+        if match[3]:
+            return chr(int(match[3], 16))
         return {"n": "\n", "t": "\t", "r": "\r"}.get(match[1], match[1])
 
     return _ESCAPED.sub(one, text)

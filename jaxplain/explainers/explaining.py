@@ -3,8 +3,8 @@
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from jaxplain.configs.explanation import ExplainConfig, ExplainerConfig
 from jaxplain.explainers.evidence import gather, solved_examples, token_names
@@ -27,12 +27,8 @@ _NOT_IN_RECIPE += ("mode", "batch_requests")
 _SILENT = "no exemplar drives the neuron in this direction"
 
 
-class Watcher(Protocol):
-    """Told of every neuron that is finished, for progress bars."""
-
-    def __call__(self, samples: Sequence[Sample], replies: Sequence[Reply]) -> None:
-        """`samples` are a neuron's, `replies` those that they came from."""
-        ...
+Watcher = Callable[[Sequence[Sample], Sequence[Reply]], None]
+"""Told of every neuron that is finished: its samples, and the replies that they came from."""
 
 
 def recipe_of(config: ExplainConfig) -> dict[str, Any]:

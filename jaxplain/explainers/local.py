@@ -126,7 +126,9 @@ class LocalModel:
                 part
                 for piece in pieces
                 for part in (
-                    _split(piece, original, insert or replacement) if isinstance(piece, str) else [piece]
+                    _split(piece, original, replacement if insert is None else insert)
+                    if isinstance(piece, str)
+                    else [piece]
                 )
             ]
         tokens: list[int] = []
@@ -138,7 +140,7 @@ class LocalModel:
         return tokens
 
     def _unescaped(self, text: str) -> str:
-        for original, replacement in self._config.escape.items():
+        for original, replacement in reversed(self._config.escape.items()):
             text = text.replace(replacement, original)
         return text
 

@@ -94,10 +94,16 @@ _TASK = (
     "activation. You find out what the tokens on which a neuron fires have in common, and say it in one "
     "short phrase."
 )
+_BREVITY = (
+    "Be specific and brief, name the pattern instead of listing examples, and leave out hedges and remarks."
+)
 _GUIDANCE = (
     "Look for the one pattern that accounts for most of the evidence: what the tokens are or mean, the words "
-    "before them, what comes after them, or the subject of the text. Be specific and brief, name the "
-    "pattern instead of listing examples, and leave out hedges and remarks."
+    f"before them, what comes after them, or the subject of the text. {_BREVITY}"
+)
+_TOKEN_GUIDANCE = (
+    "Look for the one pattern that accounts for most of the tokens: what they are or mean, how they are "
+    f"spelled, or the subject that they belong to. {_BREVITY}"
 )
 _ANSWER = f'Write one line that begins with "{EXPLANATION}".'
 _ANSWER_AFTER_REASONING = (
@@ -105,8 +111,8 @@ _ANSWER_AFTER_REASONING = (
     f"surroundings. {_ANSWER.replace('Write', 'Then write')}"
 )
 _ESCAPES = (
-    "A backslash stands before characters that would be mistaken for marks, and \\n and \\t are a line break "
-    "and a tab in the text."
+    "In the text, \\n is a line break, \\t a tab, \\xe2 a byte of a broken character, and a backslash before "
+    "any other character says that the character is text and no mark."
 )
 
 
@@ -128,9 +134,9 @@ def _contrastive_instructions(config: PromptConfig) -> str:
     return "\n\n".join(
         (
             _TASK,
-            f"You are given excerpts in which the neuron fires, the tokens on which it fires most strongly "
-            f"between {left} and {right}, and then excerpts in which it stays silent. A good explanation "
-            f"holds for the first and not for the second. {_ESCAPES}",
+            f"You are given excerpts in which the neuron fires, with the tokens on which it fires most "
+            f"strongly between {left} and {right}, and then excerpts in which it stays silent. A good "
+            f"explanation holds for the first and not for the second. {_ESCAPES}",
             _GUIDANCE,
             _ANSWER_AFTER_REASONING if config.chain_of_thought else _ANSWER,
         )
@@ -147,11 +153,11 @@ def _both_signs_instructions(config: PromptConfig) -> str:
     return "\n\n".join(
         (
             _TASK,
-            "This neuron's activation can be positive and negative. You are given excerpts in which the "
-            f"tokens with the highest activations stand between {left} and {right}, and those with the "
-            f"lowest between {negative_left} and {negative_right}. Explain the two kinds separately. "
+            "This neuron's activation can be positive or negative. You are given excerpts in which the "
+            f"tokens with the highest activations stand between {left} and {right}, and those with the most "
+            f"negative ones between {negative_left} and {negative_right}. Explain the two kinds separately. "
             f"{_ESCAPES}",
-            _GUIDANCE,
+            _GUIDANCE.replace("Look", "For each kind, look"),
             (first if config.chain_of_thought else "Write ") + lines,
         )
     )
@@ -175,7 +181,7 @@ def _token_list_instructions(config: PromptConfig) -> str:
             _TASK,
             "You are given the tokens of the vocabulary on which the neuron fires most strongly on average, "
             f"strongest first. Many are parts of words, and a few may be chance. {_ESCAPES}",
-            _GUIDANCE,
+            _TOKEN_GUIDANCE,
             _ANSWER,
         )
     )
@@ -188,7 +194,7 @@ def _values_instructions(config: PromptConfig) -> str:
             "You are given the tokens of the vocabulary on which the neuron fires most strongly on average, "
             f"one on each line, followed by a tab and the average, from 0 to {_LEVELS}. Many are parts of "
             f"words, and a few may be chance. {_ESCAPES}",
-            _GUIDANCE,
+            _TOKEN_GUIDANCE,
             _ANSWER,
         )
     )
@@ -254,7 +260,7 @@ def _pairs(shown: Shown, config: PromptConfig) -> str:
         blocks.append("\n".join((f"Excerpt {number}:", "<start>", *lines, "<end>")))
     flat = [value for values in levels for value in values]
     if sum(value > 0 for value in flat) < _SPARSE * len(flat):
-        blocks.append("The same excerpts, tokens with activation 0 left out:")
+        blocks.append("The same excerpts without the tokens of activation 0:")
         for number, (e, values) in enumerate(zip(shown.excerpts, levels, strict=True), 1):
             pairs = zip(e.pieces, values, strict=True)
             lines = [f"{escape(piece)}\t{value}" for piece, value in pairs if value > 0]

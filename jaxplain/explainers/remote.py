@@ -13,7 +13,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxplain.configs.explanation import ExplainerConfig, SamplingConfig
 from jaxplain.errors import JaxplainError
@@ -37,6 +37,7 @@ class RejectedError(Exception):
     """The server will not take this request, whatever the number of tries."""
 
 
+@runtime_checkable
 class Client(Protocol):
     """A provider."""
 

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from jaxplain.configs.explanation import PromptConfig
 from jaxplain.explainers.prompts import EXPLANATION, NEGATIVE, POSITIVE, Message
@@ -47,6 +47,7 @@ class Reply:
     cached: bool = False
 
 
+@runtime_checkable
 class LanguageModel(Protocol):
     """What answers requests."""
 
@@ -59,36 +60,45 @@ class UnparsableError(Exception):
     """A reply without an explanation in the form that was asked for."""
 
 
-_QUOTES = "\"'`\u201c\u201d*_ \t"
+_LABEL = re.compile(r"((?:positive |negative )?explanation)[*_\s]*:[*_]*", re.IGNORECASE)
+_QUOTED = re.compile(r"([\"'`_])((?:(?!\1).)*)\1|\u201c([^\u201c\u201d]*)\u201d")
 
 
 def parse_reply(text: str, prompt: PromptConfig) -> dict[str, str]:
     """The explanations in a reply, by sign (`max` alone, or both). Raises UnparsableError."""
+    labelled = _labelled(text)
     if prompt.style == "highlighted_both_signs":
-        return {"max": _after(text, POSITIVE), "min": _after(text, NEGATIVE)}
-    if EXPLANATION.lower() in text.lower() or prompt.chain_of_thought:
-        return {"max": _after(text, EXPLANATION)}
+        return {"max": _after(labelled, POSITIVE), "min": _after(labelled, NEGATIVE)}
+    if labelled or prompt.chain_of_thought:
+        return {"max": _after(labelled, EXPLANATION)}
     # A model that answers with the bare phrase has understood all the same.
-    first = next((line for line in text.splitlines() if line.strip(_QUOTES)), "")
-    return {"max": _explanation(first)}
+    return {"max": _explanation(text)}
 
 
-def _after(text: str, label: str) -> str:
-    """The line after the last occurrence of a label."""
-    pattern = re.escape(label.removesuffix(":")) + r"[*_\s]*:"
-    if label == EXPLANATION:
-        pattern = r"(?<!positive )(?<!negative )" + pattern
-    matches = list(re.finditer(pattern, text, re.IGNORECASE))
-    if not matches:
+def _labelled(text: str) -> dict[str, str]:
+    """The text from each label to the next; of a label that comes twice, the last."""
+    labels = list(_LABEL.finditer(text))
+    stops = [*(label.start() for label in labels[1:]), len(text)]
+    return {
+        f"{label[1].capitalize()}:": text[label.end() : stop]
+        for label, stop in zip(labels, stops, strict=False)
+    }
+
+
+def _after(labelled: dict[str, str], label: str) -> str:
+    if label not in labelled:
         raise UnparsableError(f'no line begins with "{label}"')
-    rest = text[matches[-1].end() :].lstrip("*_ \t")
-    return _explanation(next((line for line in rest.splitlines() if line.strip(_QUOTES)), ""))
+    return _explanation(labelled[label])
 
 
-def _explanation(line: str) -> str:
-    explanation = line.strip().strip(_QUOTES)
-    if not any(c.isalnum() for c in explanation):
+def _explanation(text: str) -> str:
+    """The first line with words on it, without bold marks, and without quotes around the whole."""
+    lines = (line.strip("* \t") for line in text.splitlines())
+    explanation = next((line for line in lines if any(c.isalnum() for c in line)), None)
+    if explanation is None:
         raise UnparsableError("the explanation is empty")
+    while quoted := _QUOTED.fullmatch(explanation):
+        explanation = (quoted[2] or quoted[3]).strip("* \t")
     return explanation
 
 

@@ -53,9 +53,9 @@ def token_means(neuron: Neuron, sign: Sign) -> TokenMeans:
 def _weighted_means(
     exemplars: list[Exemplar], weights: list[float], direction: float, overall: float
 ) -> TokenMeans:
-    token_N = np.concatenate([exemplar.tokens for exemplar in exemplars])
-    act_N = direction * np.concatenate([exemplar.activations for exemplar in exemplars])
-    weight_N = np.repeat(weights, [len(exemplar.tokens) for exemplar in exemplars])
+    token_N = np.concatenate([np.zeros(0, np.int32), *(exemplar.tokens for exemplar in exemplars)])
+    act_N = direction * np.concatenate([np.zeros(0), *(exemplar.activations for exemplar in exemplars)])
+    weight_N = np.repeat(weights, np.array([len(exemplar.tokens) for exemplar in exemplars], np.int64))
     counted_N = ~np.isnan(act_N)
     tokens, place_N, counts = np.unique(token_N[counted_N], return_inverse=True, return_counts=True)
     total = np.bincount(place_N, weight_N[counted_N] * act_N[counted_N])
@@ -71,6 +71,7 @@ def _weighted_means(
 
 def describe_tokens(names: list[str]) -> str:
     """An explanation that lists tokens, each once whatever its case and spaces."""
-    distinct = {name.strip().lower() or name: name for name in reversed(names)}
-    listed = [f'"{name}"' for name in names if distinct.get(name.strip().lower() or name) == name]
-    return f"tokens such as {', '.join(listed)}"
+    distinct: dict[str, str] = {}
+    for name in names:
+        distinct.setdefault(name.strip().lower() or name, f'"{name}"')
+    return f"tokens such as {', '.join(distinct.values())}"

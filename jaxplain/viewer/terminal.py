@@ -29,7 +29,10 @@ def print_neuron(neuron: Neuron, console: Console, *, kind: str = "max", limit: 
         highlight=False,
         soft_wrap=True,
     )
-    print_explanations([e for e in neuron.explanations() if e.sign == kind], console)
+    try:
+        print_explanations([e for e in neuron.explanations() if e.sign == kind], console)
+    except JaxplainError as error:  # of another store, for one; the exemplars are none the worse for it
+        console.print(f"[dim]no explanations: {escape(str(error))}[/dim]", highlight=False, soft_wrap=True)
     for exemplar in neuron.exemplars(kind, limit=limit):
         console.print(_excerpt(exemplar, kind, marked=console.color_system is None), soft_wrap=True)
 

@@ -15,6 +15,9 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 TOKENS_BT = np.random.default_rng(7).integers(0, 384, (2, 40))
 SMOLLM2_TEXT = "The river froze early that winter, and by December 1,204 people had walked across it."
 SMOLLM2_NEURONS = slice(None, None, 24)
+GREEDY_VARIANTS = ("llama-biases", "llama-rope-llama3", "mistral-sliding-window")
+GREEDY_PROMPTS = [np.random.default_rng(n).integers(0, 384, n).tolist() for n in (5, 40, 1, 23, 12)]
+GREEDY_TOKENS = 24
 
 
 def torch_activations(folder, tokens_BT, *, double=False):
@@ -33,17 +36,31 @@ def torch_activations(folder, tokens_BT, *, double=False):
     return np.stack(found), logits
 
 
+def torch_greedy(folder, prompts, count):
+    """The `count` tokens that `generate` appends to each prompt by itself, whatever they are."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=count, pad_token_id=0)
+    return [model.generate(torch.tensor([prompt]))[0, len(prompt) :].tolist() for prompt in prompts]
+
+
 def main():
     from transformers import AutoTokenizer
 
     from jaxplain.subjects.packaged import packaged_folder
 
+    greedy = {}
     for name, config in tiny.VARIANTS.items():
         with tempfile.TemporaryDirectory() as scratch:
             folder = tiny.write_model(Path(scratch), config)
             acts, logits = torch_activations(folder, TOKENS_BT)
             np.savez_compressed(GOLDEN / f"{name}.npz", acts=acts, logits=logits[:, -3:])
+            if name in GREEDY_VARIANTS:
+                greedy[name] = torch_greedy(folder, GREEDY_PROMPTS, GREEDY_TOKENS)
             print(name, acts.shape, file=sys.stderr)
+    np.savez_compressed(GOLDEN / "greedy.npz", **greedy)
     folder = packaged_folder("smollm2-135m-instruct")
     tokens_BT = np.array([AutoTokenizer.from_pretrained(folder)(SMOLLM2_TEXT)["input_ids"]])
     acts, _ = torch_activations(folder, tokens_BT)
