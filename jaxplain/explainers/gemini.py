@@ -6,8 +6,8 @@ from typing import Any
 
 from jaxplain.configs.explanation import ExplainerConfig, SamplingConfig
 from jaxplain.errors import JaxplainError, first_line
-from jaxplain.explainers.keys import key_of, without
-from jaxplain.explainers.remote import RejectedError, TransientError, retry_after
+from jaxplain.explainers.keys import key_of, quoted
+from jaxplain.explainers.remote import NEVER_SENT, RejectedError, TransientError, retry_after
 from jaxplain.explainers.replies import Reply, Request
 
 try:
@@ -29,16 +29,20 @@ class GeminiClient:
 
     def __init__(self, config: ExplainerConfig, sampling: SamplingConfig):
         self._config, self._sampling = config, sampling
+        # A client of our own is ours to close, and to give as many connections as requests.
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=config.concurrency)
+        self._http = httpx2.AsyncClient(transport=_Transport(limits=limits), timeout=config.timeout_seconds)
         options = types.HttpOptions(
             base_url=config.base_url,
             timeout=round(config.timeout_seconds * 1000),
             retry_options=types.HttpRetryOptions(attempts=1),
-            httpx_async_client=httpx2.AsyncClient(transport=_Transport(), timeout=config.timeout_seconds),
+            httpx_async_client=self._http,
         )
         if config.vertex is None:
             needed = config.base_url is None
             self._key = key_of(config, _KEY_VARIABLES, needed=needed)
-            self.client = genai.Client(api_key=self._key or "none", http_options=options)
+            # Not left open, for the environment would decide it.
+            self.client = genai.Client(enterprise=False, api_key=self._key or "none", http_options=options)
         else:
             self._key = None
             vertex = config.vertex
@@ -93,7 +97,7 @@ class GeminiClient:
                 model=self._config.model, contents=contents, config=call_config
             )
         except Exception as error:
-            raise self.outcome(error) from error
+            raise self.outcome(error) from None  # the server's own words may hold the key
         return reply_of(response)
 
     def outcome(self, error: Exception) -> Exception:
@@ -101,15 +105,18 @@ class GeminiClient:
         if isinstance(error, httpx2.TimeoutException):
             return TimeoutError()
         if isinstance(error, httpx2.TransportError):
-            return TransientError(f"the connection failed ({type(error).__name__})")
+            cause = type(error).__name__
+            return TransientError(f"the connection failed ({cause})", billed=cause not in NEVER_SENT)
         if isinstance(
             error, (json.JSONDecodeError, errors.UnknownApiResponseError, pydantic.ValidationError)
         ):
-            return TransientError(f"the answer is not of the protocol ({type(error).__name__})")
+            return TransientError(
+                f"the answer is not of the protocol ({type(error).__name__})", billed=True
+            )
         if not isinstance(error, errors.APIError):
             return error
-        said = without(self._key, str(error.message or first_line(error)))[:300].rstrip(".")
-        reason = f"{error.code} {error.status or ''} from Gemini: {said}"
+        said = self.quoted(str(error.message or first_line(error)))
+        reason = f"{error.code} {self.quoted(error.status or '')} from Gemini: {said}"
         if error.code in (401, 403) or "API key not valid" in said:
             return JaxplainError(f"Gemini does not accept the key or the project: {reason}.")
         if error.code == 404:
@@ -118,9 +125,14 @@ class GeminiClient:
             return TransientError(reason, _asked_wait(error))
         return RejectedError(reason)
 
+    def quoted(self, text: str) -> str:
+        """What the service says, fit to be written down."""
+        return quoted(text, self._key)
+
     async def close(self) -> None:
         """Give up connections."""
         await self.client.aio.aclose()
+        await self._http.aclose()
 
 
 class _Transport(httpx2.AsyncHTTPTransport):
@@ -182,7 +194,7 @@ def reply_of(response: types.GenerateContentResponse) -> Reply:
     if feedback is not None and feedback.block_reason is not None:
         return Reply(outcome="refused", detail=f"prompt blocked: {feedback.block_reason.value}", **counted)
     if response.candidates is None and usage is None:
-        raise TransientError("the answer is not of the protocol (no candidates)")
+        raise TransientError("the answer is not of the protocol (no candidates)", billed=True)
     if not response.candidates:
         return Reply(outcome="refused", detail="the answer holds no candidates", **counted)
     candidate = response.candidates[0]

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from jaxplain.configs.explanation import ExplainerConfig
 from jaxplain.errors import JaxplainError
 
+_MOST_QUOTED = 300
+
 
 def key_of(config: ExplainerConfig, usual: Sequence[str], *, needed: bool) -> str | None:
     """The key, from the variable that the config names or the first of the usual ones that is set.
@@ -22,6 +24,7 @@ def key_of(config: ExplainerConfig, usual: Sequence[str], *, needed: bool) -> st
     return key
 
 
-def without(key: str | None, text: str) -> str:
-    """A text of another's, with the key taken out."""
-    return text.replace(key, "[key]") if key else text
+def quoted(text: str, key: str | None) -> str:
+    """What a server says, on one line, with the key taken out of it, and then cut."""
+    text = text.replace(key, "[key]") if key else text
+    return " ".join(text.split())[:_MOST_QUOTED].rstrip(".")

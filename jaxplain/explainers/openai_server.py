@@ -5,8 +5,8 @@ from typing import Any
 
 from jaxplain.configs.explanation import ExplainerConfig, SamplingConfig
 from jaxplain.errors import JaxplainError, first_line
-from jaxplain.explainers.keys import key_of, without
-from jaxplain.explainers.remote import RejectedError, TransientError, retry_after
+from jaxplain.explainers.keys import key_of, quoted
+from jaxplain.explainers.remote import NEVER_SENT, RejectedError, TransientError, retry_after
 from jaxplain.explainers.replies import Reply, Request
 
 try:
@@ -53,17 +53,18 @@ class OpenAIClient:
                 extra_body=parameters,
             )
         except openai.APIStatusError as error:
-            raise self._outcome(error) from error
+            raise self._outcome(error) from None  # the server's own words may hold the key
         except openai.APIConnectionError as error:
             cause = type(error.__cause__).__name__ if error.__cause__ else type(error).__name__
-            raise TransientError(f"the connection failed ({cause})") from error
+            raise TransientError(f"the connection failed ({cause})", billed=cause not in NEVER_SENT) from error
         except (json.JSONDecodeError, openai.OpenAIError) as error:
-            raise TransientError(f"the answer is not of the protocol ({first_line(error)})") from error
+            reason = f"the answer is not of the protocol ({type(error).__name__})"
+            raise TransientError(reason, billed=True) from None
         return _reply_of(completion)
 
     def _outcome(self, error: "openai.APIStatusError") -> Exception:
         body = error.body if isinstance(error.body, dict) else {}
-        said = without(self._key, str(body.get("message") or first_line(error)))[:300]
+        said = quoted(str(body.get("message") or first_line(error)), self._key)
         reason = f"{error.status_code} from {self._client.base_url.host}: {said}"
         if error.status_code in (401, 403):
             return JaxplainError(f"the server does not accept the key or the account: {reason}.")
@@ -83,7 +84,7 @@ class OpenAIClient:
 def _reply_of(completion: Any) -> Reply:
     choices = getattr(completion, "choices", None)
     if choices is None:
-        raise TransientError("the answer is not of the protocol (no choices)")
+        raise TransientError("the answer is not of the protocol (no choices)", billed=True)
     usage = getattr(completion, "usage", None)
     counted = {
         "model": completion.model,

@@ -23,14 +23,20 @@ from jaxplain.store.explanations import ExplanationDatabase
 
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0
 _FAILURES_IN_A_ROW = 20
+NEVER_SENT = {"ConnectError", "ConnectTimeout", "PoolTimeout"}
+"""What the clients' exceptions are called where no connection came about."""
 
 
 class TransientError(Exception):
-    """A failure that may pass: 429, 5xx, a lost connection. `after` is the wait that the server asks for."""
+    """A failure that may pass: 429, 5xx, a lost connection.
 
-    def __init__(self, reason: str, after: float | None = None):
+    `after` is the wait that the server asks for. `billed` says that the server may have answered, and
+    merely the answer got lost.
+    """
+
+    def __init__(self, reason: str, after: float | None = None, *, billed: bool = False):
         super().__init__(reason)
-        self.after = after
+        self.after, self.billed = after, billed
 
 
 class RejectedError(Exception):
@@ -147,20 +153,25 @@ class RemoteModel:
             reserved = await self._purse.reserve(request, self._sampling)
             cost = 0.0
             try:
+                await self._until_open()  # it may have closed while the budget was waited for
+                cost = reserved  # what is not known to be free may have been answered, and billed
                 async with asyncio.timeout(self._config.timeout_seconds):
                     reply = await self._client.ask(request)
                 cost = self._purse.cost(reply.input_tokens, reply.output_tokens)
                 return dataclasses.replace(reply, cost_usd=cost)
             except TimeoutError:
                 reason = f"no answer within {self._config.timeout_seconds:g} seconds"
-                cost = reserved  # it may have been answered, and billed
                 wait = _wait_before(attempt)
             except TransientError as error:
                 reason, wait = str(error), _wait_before(attempt)
+                cost = reserved if error.billed else 0.0
                 if error.after is not None:
                     # The limit is the account's, so every request waits.
                     self._open_at = max(self._open_at, time.monotonic() + error.after)
                     wait = random.uniform(0, 0.1 * error.after)
+            except (RejectedError, JaxplainError):
+                cost = 0.0
+                raise
             finally:
                 self._purse.settle(reserved, cost)
             if attempt < self._config.retries:

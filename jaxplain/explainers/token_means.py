@@ -60,7 +60,8 @@ def _weighted_means(
     tokens, place_N, counts = np.unique(token_N[counted_N], return_inverse=True, return_counts=True)
     total = np.bincount(place_N, weight_N[counted_N] * act_N[counted_N])
     weight = np.bincount(place_N, weight_N[counted_N])
-    means = (total + _PRIOR_TOKENS * overall) / (weight + _PRIOR_TOKENS)
+    # What was seen once may be chance, however many unseen tokens it stands for.
+    means = (counts * total / weight + _PRIOR_TOKENS * overall) / (counts + _PRIOR_TOKENS)
     order = np.lexsort((tokens, -means))
     return TokenMeans(
         tokens=tokens[order].astype(np.int32),

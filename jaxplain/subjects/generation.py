@@ -76,7 +76,7 @@ class Generator:
             )
             for row, number in enumerate(batch):
                 length = int(lengths_B[row])
-                finished = length < sampling.max_tokens or sampling.max_tokens == 0
+                finished = length < sampling.max_tokens
                 yield number, Completion(tokens=tokens_BN[row, :length].tolist(), finished=finished)
 
     def log_likelihoods(
@@ -160,15 +160,19 @@ class Generator:
         heads = "model" if self._arch.key_value_heads % self._mesh.shape["model"] == 0 else None
         layer, positions, used = (NamedSharding(self._mesh, spec) for spec in (P(rows, heads), P(rows), P()))
         layers = (layer,) * self._arch.layers
-        make = jax.jit(
-            lambda weights: nnx.merge(self._graph, weights).empty_cache(batch, slots),
-            out_shardings=Cache(layers, layers, positions, used),  # pyright: ignore[reportArgumentType]
-        )
-        return make(self._weights)
+        return _empty(self._graph, self._weights, batch, slots, (layers, layers, positions, used))
 
 
 def _padded(tokens: int) -> int:
     return math.ceil(tokens / _TOKENS_PER_READ) * _TOKENS_PER_READ
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4))
+def _empty(
+    graph: nnx.GraphDef[Decoder], weights: nnx.State, batch: int, slots: int, shardings: tuple
+) -> Cache:
+    cache = nnx.merge(graph, weights).empty_cache(batch, slots)
+    return jax.lax.with_sharding_constraint(cache, Cache(*shardings))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -237,7 +241,7 @@ def nucleus(logits_BV: Float[Array, "B V"], top_p: float) -> Bool[Array, "B V"]:
     chances_BV = jax.nn.softmax(logits_BV, axis=-1)
     enough_B, too_high_B = jnp.zeros(len(logits_BV)), chances_BV.max(axis=-1) * (1 + 1e-6)
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         enough_B, too_high_B = bounds
         middle_B = (enough_B + too_high_B) / 2
         mass_B = jnp.where(chances_BV >= middle_B[:, None], chances_BV, 0).sum(axis=-1)
