@@ -4,7 +4,8 @@ A batch of prompts, padded on the left, is read whole; then the likeliest token 
 
     python benchmarks/torch_generate_peer.py --model FOLDER < WORKLOADS
 
-Reads {name: prompts} and prints {name: what `benchmarks/generate.py` asks for}, both as one line of JSON.
+Reads {workload: prompts} and prints {workload: {tokens, seconds}}, both as one line of JSON; the seconds of
+`decode` are those of decoding alone. `benchmarks/generate.py` says what the workloads are.
 Needs torch and transformers.
 """
 
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 @torch.no_grad()
 def generate(model, prompts, new):
-    """Tokens [B, new], and the seconds that reading the prompts and that decoding took."""
+    """Tokens [B, new], the seconds until the first of them, and those from there on."""
     start = time.perf_counter()
     width = max(map(len, prompts))
     tokens_BT = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
@@ -52,12 +53,13 @@ def main():
     report = {}
     for name, prompts in json.load(sys.stdin).items():
         generate(model, prompts[: options.batch], 2)
-        tokens, reading, decoding = [], 0.0, 0.0
+        tokens, seconds = [], 0.0
         for start in range(0, len(prompts), options.batch):
-            found, *seconds = generate(model, prompts[start : start + options.batch], options.new)
+            found, reading, decoding = generate(model, prompts[start : start + options.batch], options.new)
             tokens += found
-            reading, decoding = reading + seconds[0], decoding + seconds[1]
-        report[name] = {"tokens": tokens, "reading": reading, "decoding": decoding}
+            # `new` tokens take one step less after the prompts' own.
+            seconds += decoding * options.new / (options.new - 1) if name == "decode" else reading + decoding
+        report[name] = {"tokens": tokens, "seconds": seconds}
     print(json.dumps(report))
 
 

@@ -163,7 +163,10 @@ def _report(
         print(f"why there is no explanation: sqlite3 {database.path} 'SELECT * FROM failures'")
     for pair in sorted(complete)[:: max(1, len(complete) // _SHOWN)][:_SHOWN]:
         print_explanations([e for e in database.explanations(*pair) if e.recipe == recipe], Console())
-    print(f"All of them: python -m jaxplain.export {shlex.quote(str(database.path))} --explanations all.csv")
+    if counts["explained"]:
+        print(
+            f"All of them: python -m jaxplain.export {shlex.quote(str(database.path))} --explanations all.csv"
+        )
 
 
 if __name__ == "__main__":

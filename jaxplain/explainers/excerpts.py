@@ -105,31 +105,31 @@ def escape(text: str, delimiters: str = "") -> str:
 
     Control characters and bytes that are no UTF-8 are written in hexadecimal.
     """
+    return "".join([_escaped(character, delimiters) for character in text])
 
-    def one(character: str) -> str:
-        if character in _ESCAPES:
-            return _ESCAPES[character]
-        if character in delimiters:
-            return "\\" + character
-        code = ord(character)
-        if _FIRST_SURROGATE + 128 <= code < _FIRST_SURROGATE + 256:
-            return f"\\x{code - _FIRST_SURROGATE:02x}"
-        if code < 32 or code == 127:
-            return f"\\x{code:02x}"
-        return f"\\u{code:04x}" if 127 < code < 160 or code in _LINE_ENDS else character
 
-    return "".join(map(one, text))
+def _escaped(character: str, delimiters: str) -> str:
+    if character in _ESCAPES:
+        return _ESCAPES[character]
+    if character in delimiters:
+        return "\\" + character
+    code = ord(character)
+    if _FIRST_SURROGATE + 128 <= code < _FIRST_SURROGATE + 256:
+        return f"\\x{code - _FIRST_SURROGATE:02x}"
+    if code < 32 or code == 127:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if 127 < code < 160 or code in _LINE_ENDS else character
 
 
 def unescape(text: str) -> str:
     """What `escape` was given."""
+    return _ESCAPED.sub(_unescaped, text)
 
-    def one(match: re.Match[str]) -> str:
-        if match[2]:
-            code = int(match[2], 16)
-            return chr(code if code < 128 else _FIRST_SURROGATE + code)
-        if match[3]:
-            return chr(int(match[3], 16))
-        return {"n": "\n", "t": "\t", "r": "\r"}.get(match[1], match[1])
 
-    return _ESCAPED.sub(one, text)
+def _unescaped(match: re.Match[str]) -> str:
+    if match[2]:
+        code = int(match[2], 16)
+        return chr(code if code < 128 else _FIRST_SURROGATE + code)
+    if match[3]:
+        return chr(int(match[3], 16))
+    return {"n": "\n", "t": "\t", "r": "\r"}.get(match[1], match[1])

@@ -11,9 +11,11 @@ from jaxplain.explainers.remote import NEVER_SENT, RejectedError, TransientError
 from jaxplain.explainers.replies import Reply, Request
 
 try:
+    import google.auth
     import httpx2
     import pydantic
     from google import genai
+    from google.auth.exceptions import GoogleAuthError
     from google.genai import errors, types
 except ImportError as missing:
     raise JaxplainError(
@@ -21,6 +23,7 @@ except ImportError as missing:
     ) from missing
 
 _TRANSIENT_STATUS = {408, 429, 499}
+_VERTEX_SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 _KEY_VARIABLES = ["GEMINI_API_KEY", "GOOGLE_API_KEY"]
 
 
@@ -47,14 +50,19 @@ class GeminiClient:
             self._key = None
             vertex = config.vertex
             try:
-                self.client = genai.Client(
-                    enterprise=True, project=vertex.project, location=vertex.location, http_options=options
-                )
-            except Exception as error:  # google-auth has many, and no common base
+                credentials, _ = google.auth.default(scopes=[_VERTEX_SCOPE])
+            except GoogleAuthError as error:
                 raise JaxplainError(
-                    f"explainer.vertex: there are no usable credentials ({first_line(error)}); run "
-                    "gcloud auth application-default login."
+                    "explainer.vertex: there are no usable credentials; run gcloud auth application-default "
+                    f"login ({first_line(error)})."
                 ) from error
+            self.client = genai.Client(
+                enterprise=True,
+                project=vertex.project,
+                location=vertex.location,
+                credentials=credentials,
+                http_options=options,
+            )
         self._call_config({})  # refuses unknown parameters at once
 
     def parameters(self, request: Request) -> dict[str, Any]:
@@ -110,9 +118,9 @@ class GeminiClient:
         if isinstance(
             error, (json.JSONDecodeError, errors.UnknownApiResponseError, pydantic.ValidationError)
         ):
-            return TransientError(
-                f"the answer is not of the protocol ({type(error).__name__})", billed=True
-            )
+            return TransientError(f"the answer is not of the protocol ({type(error).__name__})", billed=True)
+        if isinstance(error, GoogleAuthError):
+            return JaxplainError(f"explainer.vertex: the credentials do not serve ({first_line(error)}).")
         if not isinstance(error, errors.APIError):
             return error
         said = self.quoted(str(error.message or first_line(error)))

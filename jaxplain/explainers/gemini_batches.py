@@ -8,7 +8,8 @@ import asyncio
 import contextlib
 import dataclasses
 import uuid
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 
 from google.genai import types
 
@@ -27,12 +28,12 @@ _FAILED_STATES = {"JOB_STATE_FAILED", "JOB_STATE_CANCELLED", "JOB_STATE_EXPIRED"
 
 @dataclasses.dataclass(kw_only=True)
 class _Job:
-    """A job under way; `requests` by the key that travels with each."""
+    """A job under way: the keys of all its requests, in order, and those requests that are wanted here."""
 
     label: str
     name: str
+    keys: list[str]
     requests: dict[str, Request]
-    reserved: float
 
 
 class GeminiBatches:
@@ -46,10 +47,9 @@ class GeminiBatches:
         *,
         database: ExplanationDatabase,
         recipe: int,
-        first_poll: float = _FIRST_POLL,
     ):
         self._client, self._config, self._sampling = client, config, sampling
-        self._database, self._recipe, self._first_poll = database, recipe, first_poll
+        self._database, self._recipe = database, recipe
         self._purse = Purse(config, database, recipe)
 
     def answers(self, requests: Iterator[Request]) -> Iterator[tuple[Request, Reply]]:
@@ -68,9 +68,12 @@ class GeminiBatches:
                     if len(affordable) < len(part):
                         stopped_by = self._purse.reached(self._most(part[len(affordable)]))
                         break
-                for job in jobs:
-                    yield from runner.run(self._results(job))
-                    self._database.remove_batch(job.label)
+                unanswered = Counter(_neuron(key) for key in everything)
+                for number, job in enumerate(jobs, 1):
+                    for request, reply in runner.run(self._results(job)):
+                        yield request, reply
+                        unanswered[request.layer, request.index] -= 1
+                    self._forget(jobs[:number], unanswered)
                 if stopped_by is not None:
                     raise stopped_by
             finally:
@@ -91,6 +94,18 @@ class GeminiBatches:
         if part:
             yield part
 
+    def _forget(self, jobs: list[_Job], unanswered: Mapping[tuple[int, int], int]) -> None:
+        """Forget what was read of jobs, as far as it is written.
+
+        A neuron is written when the last of its replies is in. Until then, and while other neurons are
+        another process's or not chosen, the job must be found again.
+        """
+        done = self._database.done(self._recipe)
+        for job in jobs:
+            neurons = {_neuron(key) for key in job.keys}
+            open_ = {n for n in neurons if (unanswered[n] > 0 if n in unanswered else n not in done)}
+            self._database.keep_in_batch(job.label, [key for key in job.keys if _neuron(key) in open_])
+
     async def _jobs_of_before(self, everything: dict[str, Request]) -> list[_Job]:
         jobs = []
         noted = self._database.batches(self._recipe)
@@ -98,18 +113,26 @@ class GeminiBatches:
         for label, name, keys, reserved in noted:
             name = name or names.get(label)
             requests = {key: everything[key] for key in keys if key in everything}
-            if name is None or not requests:
-                self._database.remove_batch(label)  # never arrived, or nothing of it is wanted any more
+            if not requests:
+                continue  # another process's, or about neurons that are not chosen now
+            if name is None:
+                self._withdraw(label, len(keys), reserved)
                 continue
-            jobs.append(_Job(label=label, name=name, requests=requests, reserved=reserved))
+            self._database.name_batch(label, name)
+            jobs.append(_Job(label=label, name=name, keys=keys, requests=requests))
         return jobs
+
+    def _withdraw(self, label: str, requests: int, reserved: float) -> None:
+        """Forget a job that never arrived."""
+        self._database.keep_in_batch(label, [])
+        self._purse.correct(reserved, 0.0, unsent=requests)
 
     async def _names_by_label(self) -> dict[str, str]:
         try:
             pager = await self._client.client.aio.batches.list(config={"page_size": 100})
             return {job.display_name: job.name async for job in pager if job.display_name and job.name}
         except Exception as error:
-            raise _sentence(self._client.outcome(error)) from error
+            raise _sentence(self._client.outcome(error)) from None
 
     def _most(self, request: Request) -> float:
         return self._purse.most(request, self._sampling) / _DISCOUNT
@@ -149,29 +172,27 @@ class GeminiBatches:
                 name = (await self._names_by_label()).get(label)
             if name is None:
                 if attempt == self._config.retries or not passing:
-                    self._database.remove_batch(label)
-                    self._purse.correct(reserved, 0.0)
+                    self._withdraw(label, len(part), reserved)
                     raise _sentence(outcome)
-                await asyncio.sleep(getattr(outcome, "after", None) or self._first_poll * 2**attempt)
+                await asyncio.sleep(getattr(outcome, "after", None) or _FIRST_POLL * 2**attempt)
                 attempt += 1
         self._database.name_batch(label, name)
-        return _Job(label=label, name=name, requests=keyed, reserved=reserved)
+        return _Job(label=label, name=name, keys=list(keyed), requests=keyed)
 
     async def _results(self, job: _Job) -> list[tuple[Request, Reply]]:
         finished = await self._wait_for(job)
         state = finished.state.value if finished.state else "JOB_STATE_UNSPECIFIED"
         found: dict[str, Reply] = {}
         responses = (finished.dest.inlined_responses if finished.dest else None) or []
-        in_order = list(job.requests)
         for place, response in enumerate(responses):
             # The order is not to be relied on; without metadata there is nothing better.
             key = (response.metadata or {}).get("key")
-            if key is None and len(responses) == len(in_order):
-                key = in_order[place]
-            if key in job.requests:
+            if key is None and len(responses) == len(job.keys):
+                key = job.keys[place]
+            if key is not None:
                 found[key] = self._reply(response)
-        cost = sum(reply.cost_usd for reply in found.values())
-        self._purse.correct(job.reserved, cost)
+        cost = sum((reply.cost_usd for reply in found.values()), 0.0)
+        self._database.settle_batch(job.label, cost)
         missing = (
             f"the batch job ended as {state}" if state in _FAILED_STATES else "the batch job left it out"
         )
@@ -181,7 +202,7 @@ class GeminiBatches:
         ]
 
     async def _wait_for(self, job: _Job) -> types.BatchJob:
-        wait, failures = self._first_poll, 0
+        wait, failures = _FIRST_POLL, 0
         while True:
             try:
                 found = await self._client.client.aio.batches.get(name=job.name)
@@ -192,7 +213,7 @@ class GeminiBatches:
                 outcome = self._client.outcome(error)
                 failures += 1
                 if failures > self._config.retries or not isinstance(outcome, (TransientError, TimeoutError)):
-                    raise _sentence(outcome) from error
+                    raise _sentence(outcome) from None
             await asyncio.sleep(wait)
             wait = min(wait * 1.5, _LONGEST_POLL)
 
@@ -200,7 +221,7 @@ class GeminiBatches:
         if response.error is not None or response.response is None:
             code = response.error.code if response.error else None
             message = response.error.message if response.error else "no response"
-            return Reply(outcome="failed", detail=f"{message} (code {code})")
+            return Reply(outcome="failed", detail=f"{self._client.quoted(message or '')} (code {code})")
         try:
             reply = reply_of(response.response)
         except TransientError as error:
@@ -211,6 +232,11 @@ class GeminiBatches:
 
 def _key(request: Request) -> str:
     return f"{request.layer}:{request.index}:{request.sign}:{request.sample}"
+
+
+def _neuron(key: str) -> tuple[int, int]:
+    layer, index, _, _ = key.split(":")
+    return int(layer), int(index)
 
 
 def _sentence(outcome: Exception) -> Exception:

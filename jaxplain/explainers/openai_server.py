@@ -56,7 +56,9 @@ class OpenAIClient:
             raise self._outcome(error) from None  # the server's own words may hold the key
         except openai.APIConnectionError as error:
             cause = type(error.__cause__).__name__ if error.__cause__ else type(error).__name__
-            raise TransientError(f"the connection failed ({cause})", billed=cause not in NEVER_SENT) from error
+            raise TransientError(
+                f"the connection failed ({cause})", billed=cause not in NEVER_SENT
+            ) from error
         except (json.JSONDecodeError, openai.OpenAIError) as error:
             reason = f"the answer is not of the protocol ({type(error).__name__})"
             raise TransientError(reason, billed=True) from None

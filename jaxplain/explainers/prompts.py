@@ -63,7 +63,7 @@ class SolvedExample:
 
 def prompt(shown: Shown, config: PromptConfig, examples: Sequence[SolvedExample]) -> list[Message]:
     """The messages that ask for an explanation, solved examples included."""
-    instructions, body = _INSTRUCTIONS[config.style](config), _BODIES[config.style]
+    instructions, body = _instructions(config), _BODIES[config.style]
     solved = [(body(example.shown, config), _reply(example, config)) for example in examples]
     turns: list[Message] = []
     if config.few_shot == "system":
@@ -116,88 +116,58 @@ _ESCAPES = (
 )
 
 
-def _highlighted_instructions(config: PromptConfig) -> str:
-    left, right = config.delimiters
-    return "\n\n".join(
-        (
-            _TASK,
-            f"You are given excerpts in which the neuron fires. The tokens on which it fires most strongly "
-            f"stand between {left} and {right}. {_ESCAPES}",
-            _GUIDANCE,
-            _ANSWER_AFTER_REASONING if config.chain_of_thought else _ANSWER,
-        )
-    )
+_TOKENS_GIVEN = (
+    "You are given the tokens of the vocabulary on which the neuron fires most strongly on average, "
+)
 
 
-def _contrastive_instructions(config: PromptConfig) -> str:
-    left, right = config.delimiters
-    return "\n\n".join(
-        (
-            _TASK,
-            f"You are given excerpts in which the neuron fires, with the tokens on which it fires most "
-            f"strongly between {left} and {right}, and then excerpts in which it stays silent. A good "
-            f"explanation holds for the first and not for the second. {_ESCAPES}",
-            _GUIDANCE,
-            _ANSWER_AFTER_REASONING if config.chain_of_thought else _ANSWER,
-        )
-    )
-
-
-def _both_signs_instructions(config: PromptConfig) -> str:
+def _instructions(config: PromptConfig) -> str:
+    """The system prompt: the task, what is given, what to look for, and the form of the answer."""
     (left, right), (negative_left, negative_right) = config.delimiters, config.negative_delimiters
-    lines = f'one line that begins with "{POSITIVE}" and one that begins with "{NEGATIVE}".'
-    first = (
-        'First write a line that begins with "Reasoning:" in which you go through the marked tokens of '
-        "both kinds and their surroundings. Then write "
-    )
-    return "\n\n".join(
-        (
-            _TASK,
-            "This neuron's activation can be positive or negative. You are given excerpts in which the "
-            f"tokens with the highest activations stand between {left} and {right}, and those with the most "
-            f"negative ones between {negative_left} and {negative_right}. Explain the two kinds separately. "
-            f"{_ESCAPES}",
-            _GUIDANCE.replace("Look", "For each kind, look"),
-            (first if config.chain_of_thought else "Write ") + lines,
-        )
-    )
-
-
-def _pairs_instructions(config: PromptConfig) -> str:
-    return "\n\n".join(
-        (
-            _TASK,
-            "You are given excerpts with one token on each line, followed by a tab and the neuron's "
-            f"activation there, from 0 (silent) to {_LEVELS} (strongest). {_ESCAPES}",
-            _GUIDANCE,
-            _ANSWER,
-        )
-    )
-
-
-def _token_list_instructions(config: PromptConfig) -> str:
-    return "\n\n".join(
-        (
-            _TASK,
-            "You are given the tokens of the vocabulary on which the neuron fires most strongly on average, "
-            f"strongest first. Many are parts of words, and a few may be chance. {_ESCAPES}",
-            _TOKEN_GUIDANCE,
-            _ANSWER,
-        )
-    )
-
-
-def _values_instructions(config: PromptConfig) -> str:
-    return "\n\n".join(
-        (
-            _TASK,
-            "You are given the tokens of the vocabulary on which the neuron fires most strongly on average, "
-            f"one on each line, followed by a tab and the average, from 0 to {_LEVELS}. Many are parts of "
-            f"words, and a few may be chance. {_ESCAPES}",
-            _TOKEN_GUIDANCE,
-            _ANSWER,
-        )
-    )
+    guidance, answer = _GUIDANCE, _ANSWER_AFTER_REASONING if config.chain_of_thought else _ANSWER
+    match config.style:
+        case "highlighted":
+            given = (
+                "You are given excerpts in which the neuron fires. The tokens on which it fires most "
+                f"strongly stand between {left} and {right}."
+            )
+        case "contrastive":
+            given = (
+                "You are given excerpts in which the neuron fires, with the tokens on which it fires most "
+                f"strongly between {left} and {right}, and then excerpts in which it stays silent. A good "
+                "explanation holds for the first and not for the second."
+            )
+        case "highlighted_both_signs":
+            given = (
+                "This neuron's activation can be positive or negative. You are given excerpts in which the "
+                f"tokens with the highest activations stand between {left} and {right}, and those with the "
+                f"most negative ones between {negative_left} and {negative_right}. Explain the two kinds "
+                "separately."
+            )
+            guidance = guidance.replace("Look", "For each kind, look")
+            first = (
+                'First write a line that begins with "Reasoning:" in which you go through the marked tokens '
+                "of both kinds and their surroundings. Then write "
+            )
+            answer = (
+                f"{first if config.chain_of_thought else 'Write '}one line that begins with "
+                f'"{POSITIVE}" and one that begins with "{NEGATIVE}".'
+            )
+        case "token_activation_pairs":
+            given = (
+                "You are given excerpts with one token on each line, followed by a tab and the neuron's "
+                f"activation there, from 0 (silent) to {_LEVELS} (strongest)."
+            )
+        case "token_list":
+            given = f"{_TOKENS_GIVEN}strongest first. Many are parts of words, and a few may be chance."
+            guidance = _TOKEN_GUIDANCE
+        case "activation_values":
+            given = (
+                f"{_TOKENS_GIVEN}one on each line, followed by a tab and the average, from 0 to {_LEVELS}. "
+                "Many are parts of words, and a few may be chance."
+            )
+            guidance = _TOKEN_GUIDANCE
+    return "\n\n".join((_TASK, f"{given} {_ESCAPES}", guidance, answer))
 
 
 def highlight(excerpt: Excerpt, threshold: float, delimiters: Sequence[str], escaped: str = "") -> str:
@@ -283,14 +253,6 @@ def _quoted(name: str) -> str:
     return escape(name, '"')
 
 
-_INSTRUCTIONS: dict[Style, Callable[[PromptConfig], str]] = {
-    "token_activation_pairs": _pairs_instructions,
-    "highlighted": _highlighted_instructions,
-    "highlighted_both_signs": _both_signs_instructions,
-    "contrastive": _contrastive_instructions,
-    "token_list": _token_list_instructions,
-    "activation_values": _values_instructions,
-}
 _BODIES: dict[Style, Callable[[Shown, PromptConfig], str]] = {
     "token_activation_pairs": _pairs,
     "highlighted": _highlighted,

@@ -45,7 +45,7 @@ class Puzzle:
     excerpts: Sequence[str]
     quiet: Sequence[str]
 
-    @property
+    @functools.cached_property
     def shown(self) -> Shown:
         """What a prompt shows of it."""
         return marked_evidence(self.excerpts, self.quiet)

@@ -232,9 +232,9 @@ class Purse:
             self._recipe, most, max_requests=budget.max_requests, max_cost_usd=budget.max_cost_usd
         )
 
-    def correct(self, booked: float, cost: float) -> None:
-        """Put the true cost in place of what was booked."""
-        self._database.settle(self._recipe, booked, cost)
+    def correct(self, booked: float, cost: float, *, unsent: int = 0) -> None:
+        """Put the true cost in place of what was booked; `unsent` requests were never sent."""
+        self._database.settle(self._recipe, booked, cost, unsent=unsent)
 
     def reached(self, most: float) -> JaxplainError:
         """What to raise where the budget ends."""

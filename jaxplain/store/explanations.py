@@ -178,12 +178,12 @@ class ExplanationDatabase:
             )
             return booked.rowcount == 1
 
-    def settle(self, recipe: int, reserved_usd: float, cost_usd: float) -> None:
-        """Put what a request did cost in place of what was booked."""
+    def settle(self, recipe: int, reserved_usd: float, cost_usd: float, *, unsent: int = 0) -> None:
+        """Put what requests did cost in place of what was booked; `unsent` of them were never sent."""
         with self._transaction() as c:
             c.execute(
-                "UPDATE recipes SET cost_usd = max(0, cost_usd + ?) WHERE id = ?",
-                (cost_usd - reserved_usd, recipe),
+                "UPDATE recipes SET cost_usd = max(0, cost_usd + ?), requests = requests - ? WHERE id = ?",
+                (cost_usd - reserved_usd, unsent, recipe),
             )
 
     def spent(self, recipe: int) -> tuple[int, float]:
@@ -357,10 +357,23 @@ class ExplanationDatabase:
         with self._transaction() as c:
             c.execute("UPDATE batches SET name = ? WHERE label = ?", (name, label))
 
-    def remove_batch(self, label: str) -> None:
-        """Forget a job: it is done, failed, or was never submitted."""
+    def settle_batch(self, label: str, cost_usd: float) -> None:
+        """Put what a job did cost in place of what was booked; the same again changes nothing."""
         with self._transaction() as c:
-            c.execute("DELETE FROM batches WHERE label = ?", (label,))
+            c.execute(
+                "UPDATE recipes SET cost_usd = max(0, cost_usd + :cost - reserved_usd) FROM batches "
+                "WHERE recipes.id = batches.recipe AND label = :label",
+                {"cost": cost_usd, "label": label},
+            )
+            c.execute("UPDATE batches SET reserved_usd = ? WHERE label = ?", (cost_usd, label))
+
+    def keep_in_batch(self, label: str, requests: Sequence[str]) -> None:
+        """Forget a job but for these requests, and all of it where there are none."""
+        with self._transaction() as c:
+            if requests:
+                c.execute("UPDATE batches SET requests = ? WHERE label = ?", (json.dumps(requests), label))
+            else:
+                c.execute("DELETE FROM batches WHERE label = ?", (label,))
 
     def batches(self, recipe: int) -> list[tuple[str, str | None, list[str], float]]:
         """Jobs under way: label, the provider's name if known, keys of the requests, and what is booked."""

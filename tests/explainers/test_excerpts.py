@@ -164,6 +164,10 @@ def test_around_the_peak(context, pieces):
     assert len(cut.activations) == len(pieces)
 
 
+def test_around_a_peak_near_the_start():
+    assert excerpt("abcde", [1, 2, 0, 0, 0]).around_peak(2).pieces == tuple("abcd")
+
+
 def test_around_the_peak_of_the_other_sign():
     cut = excerpt("abcde", [9, 1, -9, 4, 1]).opposite().around_peak(1)
     assert cut.pieces == ("b", "c", "d")

@@ -5,6 +5,7 @@ import json
 import random
 import re
 import sqlite3
+import ssl
 import threading
 import traceback
 from collections import Counter
@@ -104,8 +105,18 @@ def explanation_for(prompt):
 
 def subject_of(prompt):
     """Neuron and sign that a prompt is about, such as "17 max"."""
-    number, shown = re.search(r"<(\d+)>(.*)", prompt.split("Excerpt 1:")[-1]).groups()
-    return f"{number} {'max' if '{{ up}}' in shown else 'min'}"
+    shown = prompt.split("Excerpt 1:")[-1]
+    return f"{number_of(prompt)} {'max' if '{{ up}}' in shown else 'min'}"
+
+
+def number_of(prompt):
+    return int(re.search(r"<(\d+)>", prompt.split("Excerpt 1:")[-1])[1])
+
+
+def both_explanations_for(prompt):
+    """The same for prompts about both signs."""
+    number = number_of(prompt)
+    return f"Positive explanation: {number} max\nNegative explanation: {number} min"
 
 
 FINE = servers.answers(explanation_for)
@@ -132,6 +143,8 @@ def _environment(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("JAXPLAIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(remote, "_FIRST_WAIT", 0.002)
+    # Certificates, which take longer to read than all else here, serve no purpose over http.
+    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *_, **__: None)
 
 
 def serve(provider, plan):
@@ -226,7 +239,7 @@ def test_the_gate_holds_for_those_that_waited_for_the_budget(provider, config):
             server,
             neurons=4,
             prices={"m": PRICE},
-            budget=BudgetConfig(max_cost_usd=0.03),
+            budget=BudgetConfig(max_cost_usd=0.02),
             sampling=SamplingConfig(max_tokens=MOST_TOKENS),
         )
         explain(wanted)
@@ -316,8 +329,18 @@ NO_EXPLANATION = {
     "blank": (blank(), "unparsable", None, "explanation is empty"),
     "white": (text(" \n\n "), "unparsable", " \n\n ", "explanation is empty"),
     "label only": (text("Explanation: **"), "unparsable", "Explanation: **", "explanation is empty"),
-    "no label": (text("Reasoning: hm."), "unparsable", "Reasoning: hm.", 'no line begins with "Explanation:"'),
-    "cut short": (truncated("Reasoning: h"), "unparsable", "Reasoning: h", "cut short by sampling.max_tokens"),
+    "no label": (
+        text("Reasoning: hm."),
+        "unparsable",
+        "Reasoning: hm.",
+        'no line begins with "Explanation:"',
+    ),
+    "cut short": (
+        truncated("Reasoning: h"),
+        "unparsable",
+        "Reasoning: h",
+        "cut short by sampling.max_tokens",
+    ),
     "cut to nothing": (truncated(""), "unparsable", None, "cut short by sampling.max_tokens"),
 }
 
@@ -412,10 +435,10 @@ ALL_KINDS = [
 ]
 
 
-def test_a_thousand_neurons_with_faults_are_all_accounted_for(provider, config, tmp_path, monkeypatch):
+def test_a_thousand_neurons_with_faults_are_all_accounted_for(provider, config, tmp_path):
     path = write_neurons(tmp_path / "exemplars.zarr", 1000)
     # Few hangs, since each takes a whole timeout.
-    plan = servers.faulty(explanation_for, 0.2, [*ALL_KINDS * 4, hang(30)], seed=1)
+    plan = servers.faulty(both_explanations_for, 0.2, [*ALL_KINDS * 4, hang(30)], seed=1)
     with serve(provider, plan) as server:
         wanted = config(
             provider,
@@ -423,38 +446,37 @@ def test_a_thousand_neurons_with_faults_are_all_accounted_for(provider, config, 
             store=str(path),
             neurons=1000,
             signs=("max", "min"),
+            prompt=PromptConfig(style="highlighted_both_signs", few_shot="none"),
             concurrency=64,
             retries=1,
             timeout_seconds=3.0,
         )
         explain(wanted)
-        everything = {(n, sign) for n in range(1000) for sign in ("max", "min")}
+        everything = Counter((n, sign) for n in range(1000) for sign in ("max", "min"))
         found = samples_of(wanted)
-        assert Counter((s["neuron"], s["sign"]) for s in found) == Counter(everything)
-        for sample in found:
-            if sample["status"] == "explained" and sample["detail"] is None:
-                assert sample["text"] == f"{sample['neuron']} {sample['sign']}"
+        assert Counter((s["neuron"], s["sign"]) for s in found) == everything
+        explained = [s for s in found if s["status"] == "explained"]
+        assert all(s["text"] == f"{s['neuron']} {s['sign']}" for s in explained)
         counts = Counter(s["status"] for s in found)
         assert counts.keys() == {"explained", "refused", "unparsable", "failed"}
         assert server.peak <= 64
         assert len(server.requests) == spent(wanted)[0]
-        asked = Counter(subject_of(request.prompt) for request in server.requests)
-        assert len(asked) == 2000
-        assert max(asked.values()) == 2
+        asked = Counter(number_of(request.prompt) for request in server.requests)
+        assert sorted(asked) == list(range(1000))
+        assert set(asked.values()) == {1, 2}
 
-        again = {f"{s['neuron']} {s['sign']}" for s in found if s["status"] == "failed"}
+        again = {s["neuron"] for s in found if s["status"] == "failed"}
+        assert 2 * len(again) == counts["failed"]
         first = len(server.requests)
-        server.plan = FINE
+        server.plan = servers.answers(both_explanations_for)
         explain(wanted)
-        assert sorted(subject_of(r.prompt) for r in server.requests[first:]) == sorted(again)
+        assert sorted(number_of(r.prompt) for r in server.requests[first:]) == sorted(again)
         found = samples_of(wanted)
-        assert Counter((s["neuron"], s["sign"]) for s in found) == Counter(everything)
-        assert Counter(s["status"] for s in found) == counts - Counter(failed=len(again)) + Counter(
-            explained=len(again)
-        )
-        assert len(server.requests) == spent(wanted)[0] == first + len(again)
+        assert Counter((s["neuron"], s["sign"]) for s in found) == everything
+        moved = Counter(explained=counts.pop("failed"))
+        assert Counter(s["status"] for s in found) == counts + moved
         explain(wanted)
-        assert len(server.requests) == first + len(again)
+        assert len(server.requests) == spent(wanted)[0] == first + len(again)
 
 
 # ---- what ends a run ----
@@ -487,7 +509,11 @@ def test_what_no_request_can_pass_ends_the_run_and_keeps_what_is_done(provider, 
     ("provider", "fault", "said"),
     [
         ("openai", client_error(429, "Pay first.", code="insufficient_quota"), "quota is used up"),
-        ("gemini", client_error(400, "API key not valid. Please pass a valid API key."), "not accept the key"),
+        (
+            "gemini",
+            client_error(400, "API key not valid. Please pass a valid API key."),
+            "not accept the key",
+        ),
     ],
 )
 def test_other_ways_to_refuse_an_account(provider, fault, said, config):
@@ -631,7 +657,7 @@ def test_the_budget_in_dollars_is_never_exceeded(provider, faults, config):
             if not faults:
                 assert cost == pytest.approx(bill(server))
                 # The most that a request can cost is what is left in the end.
-                assert dollars - cost < 0.04
+                assert dollars - cost < 0.015
 
 
 def test_cost_is_that_of_the_usage_that_the_server_counts(provider, config):
@@ -790,7 +816,8 @@ def test_a_key_is_in_no_file_while_a_run_is_under_way(provider, config, monkeypa
 def test_parameters_reach_the_request(provider, config):
     extra = {"openai": {"reasoning_effort": "low", "top_k": 5, "temperature": 0.25}}
     extra["gemini"] = {"thinking_config": {"thinking_budget": 0}, "top_k": 5, "temperature": 0.25}
-    arrived = {"openai": {"reasoning_effort": "low"}, "gemini": {"thinkingConfig": {"thinkingBudget": 0}}}
+    # The client library writes inner names as they are, and the service takes both forms.
+    arrived = {"openai": {"reasoning_effort": "low"}, "gemini": {"thinkingConfig": {"thinking_budget": 0}}}
     with serve(provider, FINE) as server:
         wanted = config(
             provider,
@@ -883,6 +910,5 @@ def test_retry_after_in_all_its_forms():
 
 def test_waits_double_up_to_a_minute(monkeypatch):
     monkeypatch.setattr(remote, "_FIRST_WAIT", 1.0)
-    monkeypatch.setattr(random, "uniform", lambda low, high: (low, high))
     monkeypatch.setattr(random, "uniform", lambda low, high: (low + high) / 2)
     assert [remote._wait_before(n) for n in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
