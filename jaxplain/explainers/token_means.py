@@ -24,8 +24,8 @@ class TokenMeans:
 
     Attributes:
         tokens: Token ids that occur in the stored sequences, int32 [N].
-        means: Estimated mean activation at that token, drawn towards the neuron's overall mean as if
-            the token had once more been seen with that, float32 [N].
+        means: Estimated mean activation at that token, drawn towards the neuron's overall mean, or
+            0 where that is lower, as if the token had once more been seen with that, float32 [N].
         counts: How often the token occurs in the stored sequences, int64 [N].
     """
 
@@ -61,7 +61,7 @@ def _weighted_means(
     total = np.bincount(place_N, weight_N[counted_N] * act_N[counted_N])
     weight = np.bincount(place_N, weight_N[counted_N])
     # What was seen once may be chance, however many unseen tokens it stands for.
-    means = (counts * total / weight + _PRIOR_TOKENS * overall) / (counts + _PRIOR_TOKENS)
+    means = (counts * total / weight + _PRIOR_TOKENS * max(overall, 0.0)) / (counts + _PRIOR_TOKENS)
     order = np.lexsort((tokens, -means))
     return TokenMeans(
         tokens=tokens[order].astype(np.int32),

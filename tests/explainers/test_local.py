@@ -247,13 +247,14 @@ def test_bad_settings(folder, config, message):
         open_model(folder, **config)
 
 
-def test_likelihoods_are_per_token_and_after_the_template(model, monkeypatch):
+def test_likelihoods_are_per_token_and_after_the_template(model, folder, monkeypatch):
     class Scorer:
         def log_likelihoods(self, prompts, continuations):
             assert prompts == [model.tokens(chat("s", "one")), model.tokens(chat("s", "two"))]
             assert not any(special(continuation) for continuation in continuations)
             return -2.0 * np.array([len(c) for c in continuations], np.float32)
 
-    monkeypatch.setattr(model, "_generator", Scorer())
-    found = model.log_likelihoods([chat("s", "one"), chat("s", "two")], ["a", "many words <|end|>"])
+    started = open_model(folder, reply_start="Explanation:")  # replies to be scored have it themselves
+    monkeypatch.setattr(started, "_generator", Scorer())
+    found = started.log_likelihoods([chat("s", "one"), chat("s", "two")], ["a", "many words <|end|>"])
     assert found.tolist() == [-2.0, -2.0]

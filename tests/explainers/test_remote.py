@@ -437,8 +437,8 @@ ALL_KINDS = [
 
 def test_a_thousand_neurons_with_faults_are_all_accounted_for(provider, config, tmp_path):
     path = write_neurons(tmp_path / "exemplars.zarr", 1000)
-    # Few hangs, since each takes a whole timeout.
-    plan = servers.faulty(both_explanations_for, 0.2, [*ALL_KINDS * 4, hang(30)], seed=1)
+    # Nothing waits for a timeout here, which a busy machine might reach by itself.
+    plan = servers.faulty(both_explanations_for, 0.2, [*ALL_KINDS, hang(0.2)], seed=1)
     with serve(provider, plan) as server:
         wanted = config(
             provider,
@@ -449,7 +449,7 @@ def test_a_thousand_neurons_with_faults_are_all_accounted_for(provider, config, 
             prompt=PromptConfig(style="highlighted_both_signs", few_shot="none"),
             concurrency=64,
             retries=1,
-            timeout_seconds=3.0,
+            cache=False,
         )
         explain(wanted)
         everything = Counter((n, sign) for n in range(1000) for sign in ("max", "min"))

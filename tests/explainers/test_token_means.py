@@ -11,7 +11,7 @@ WORDS = [b"%d" % i for i in range(12)]
 
 def brute_force(token_NT, acts_NT, counted_NT):
     """Each token's mean, counted once more at the overall mean; and how often it occurs."""
-    overall = acts_NT[counted_NT].mean()
+    overall = max(acts_NT[counted_NT].mean(), 0)
     found = {}
     for token in np.unique(token_NT[counted_NT]):
         values = acts_NT[counted_NT & (token_NT == token)]
