@@ -3,6 +3,8 @@
 import contextlib
 import json
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from jaxplain.configs.explanation import ExplainerConfig, SamplingConfig
 from jaxplain.errors import JaxplainError, first_line
@@ -34,7 +36,9 @@ class GeminiClient:
         self._config, self._sampling = config, sampling
         # A client of our own is ours to close, and to give as many connections as requests.
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=config.concurrency)
-        self._http = httpx2.AsyncClient(transport=_Transport(limits=limits), timeout=config.timeout_seconds)
+        self._http = httpx2.AsyncClient(
+            transport=_Transport(limits=limits, proxy=_proxy(config)), timeout=config.timeout_seconds
+        )
         options = types.HttpOptions(
             base_url=config.base_url,
             timeout=round(config.timeout_seconds * 1000),
@@ -141,6 +145,14 @@ class GeminiClient:
         """Give up connections."""
         await self.client.aio.aclose()
         await self._http.aclose()
+
+
+def _proxy(config: ExplainerConfig) -> str | None:
+    """The proxy that the environment names; httpx2 looks for none where a transport is given."""
+    address = urlsplit(config.base_url or "https://generativelanguage.googleapis.com")
+    if proxy_bypass(address.hostname or ""):
+        return None
+    return getproxies().get(address.scheme)
 
 
 class _Transport(httpx2.AsyncHTTPTransport):

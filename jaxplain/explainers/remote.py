@@ -22,6 +22,7 @@ from jaxplain.explainers.reply_cache import ReplyCache, cache_key
 from jaxplain.store.explanations import ExplanationDatabase
 
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0
+_LONGEST_ASKED_WAIT = 900.0  # seconds; a server that asks for more has a quota by the day
 _FAILURES_IN_A_ROW = 20
 NEVER_SENT = {"ConnectError", "ConnectTimeout", "PoolTimeout"}
 """What the clients' exceptions are called where no connection came about."""
@@ -157,7 +158,8 @@ class RemoteModel:
                 cost = reserved  # what is not known to be free may have been answered, and billed
                 async with asyncio.timeout(self._config.timeout_seconds):
                     reply = await self._client.ask(request)
-                cost = self._purse.cost(reply.input_tokens, reply.output_tokens)
+                if reply.input_tokens:  # some servers do not say what they used
+                    cost = self._purse.cost(reply.input_tokens, reply.output_tokens)
                 return dataclasses.replace(reply, cost_usd=cost)
             except TimeoutError:
                 reason = f"no answer within {self._config.timeout_seconds:g} seconds"
@@ -166,6 +168,11 @@ class RemoteModel:
                 reason, wait = str(error), _wait_before(attempt)
                 cost = reserved if error.billed else 0.0
                 if error.after is not None:
+                    if error.after > _LONGEST_ASKED_WAIT:
+                        raise JaxplainError(
+                            f"the server asks to wait {error.after / 60:,.0f} minutes ({reason}); what is "
+                            "done is kept, so run the same command again then."
+                        ) from None
                     # The limit is the account's, so every request waits.
                     self._open_at = max(self._open_at, time.monotonic() + error.after)
                     wait = random.uniform(0, 0.1 * error.after)

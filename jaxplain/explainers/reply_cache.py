@@ -40,8 +40,12 @@ class ReplyCache:
 
     def get(self, key: str) -> Reply | None:
         """The reply to an earlier request, at no cost."""
-        row = self._connection.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
-        return None if row is None else Reply(**json.loads(row[0]) | {"cached": True, "cost_usd": 0.0})
+        # A damaged row, or one of another version, is as good as none.
+        with contextlib.suppress(sqlite3.Error, ValueError, TypeError):
+            row = self._connection.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
+            if row is not None:
+                return Reply(**json.loads(row[0]) | {"cached": True, "cost_usd": 0.0})
+        return None
 
     def put(self, key: str, reply: Reply) -> None:
         """Keep a reply."""

@@ -204,6 +204,8 @@ def test_polling_gives_up_and_the_next_run_finds_the_job(config):
         assert "jobs that were submitted are found again" in refusal(wanted)
         assert len(server.requests) == 1 + 3
         assert samples_of(wanted) == []
+        noted = [row["name"] for row in query(wanted, "SELECT name FROM batches")]
+        assert noted == list(server.jobs), "by its name, without a look through all of the account's jobs"
         server.calls = None
         explain(wanted)
     assert_all_explained(wanted)

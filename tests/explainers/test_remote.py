@@ -228,6 +228,15 @@ def test_rate_limits_close_the_gate_for_all(provider, where, config):
     assert min(times[4:]) >= times[0] + 0.3, "sent while the gate was closed"
 
 
+def test_a_wait_of_hours_ends_the_run(provider, config):
+    with serve(provider, lambda *_: rate_limited(7200)) as server:
+        with pytest.raises(
+            JaxplainError, match=r"asks to wait 120 minutes .*run the same command again then"
+        ):
+            explain(config(provider, server, concurrency=1))
+        assert len(server.requests) == 1
+
+
 def test_the_gate_holds_for_those_that_waited_for_the_budget(provider, config):
     def plan(request, number):
         return rate_limited(0.3) if number == 0 else FINE(request, number)
@@ -593,6 +602,17 @@ def test_gemini_asks_the_developer_api_whatever_the_environment_says(config, mon
     assert re.fullmatch(r"/v1\w*/models/m:generateContent", server.requests[0].path)
 
 
+def test_gemini_goes_through_the_environments_proxy(monkeypatch):
+    from jaxplain.explainers.gemini import _proxy
+
+    monkeypatch.setenv("https_proxy", "http://proxy:3128")
+    monkeypatch.setenv("no_proxy", "inside.example")
+    base = {"provider": "gemini", "model": "m"}
+    assert _proxy(ExplainerConfig(**base)) == "http://proxy:3128"
+    assert _proxy(ExplainerConfig(**base, base_url="https://inside.example")) is None
+    assert _proxy(ExplainerConfig(**base, base_url="http://elsewhere.example")) is None
+
+
 # ---- budget ----
 
 
@@ -668,6 +688,16 @@ def test_cost_is_that_of_the_usage_that_the_server_counts(provider, config):
         assert spent(wanted)[1] == pytest.approx(0.02)
 
 
+def test_a_reply_without_usage_costs_the_most_that_it_can(provider, config):
+    with serve(
+        provider, lambda request, _: text("Explanation: x", input_tokens=0, output_tokens=0)
+    ) as server:
+        wanted = config(provider, server, prices={"m": PRICE})
+        explain(wanted)
+        most = (len(server.requests[0].prompt.encode()) * PRICE.input + 500 * PRICE.output) / 1e6
+        assert spent(wanted)[1] >= most
+
+
 def test_answers_that_get_lost_may_have_been_billed(provider, config):
     """A server may do its part, at the highest cost, and the answer may never arrive."""
     lost = [cut_off(), malformed(), wrong_shape(), dropped(), hang(5)]
@@ -727,6 +757,19 @@ CHANGES = {
     "messages": {"prompt": PromptConfig(few_shot="system")},
     "no cache": {"cache": False},
 }
+
+
+def test_a_damaged_row_of_the_cache_is_as_good_as_none(provider, config, tmp_path):
+    with serve(provider, FINE) as server:
+        explain(config(provider, server, output="first"))
+        (path,) = tmp_path.rglob("replies.sqlite")
+        connection = sqlite3.connect(path, isolation_level=None)
+        connection.execute('UPDATE replies SET reply = \'{"outcome": "answ\'')
+        connection.close()
+        second = config(provider, server, output="second")
+        explain(second)
+        assert len(server.requests) == 2
+    assert [s["status"] for s in samples_of(second)] == ["explained"]
 
 
 @pytest.mark.parametrize("name", CHANGES)
