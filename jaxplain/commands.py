@@ -19,6 +19,7 @@ Config = TypeVar("Config")
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
 
 TRACEBACK = "--traceback"
 _FLAGS: set[str] = set()
@@ -39,6 +40,10 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_ERROR)
+    except BrokenPipeError:
+        # Whoever read the output, such as head, has seen enough; Python must not write at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_BROKEN_PIPE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         # Not sys.exit: taking threads of XLA and Grain down in the middle of their work can crash.

@@ -39,11 +39,16 @@ def main(arguments: Sequence[str]) -> None:
     if options.puzzles:
         grade_puzzles(config, Console())
         return
-    explain(config, overwrite=options.overwrite)
+    if failed := explain(config, overwrite=options.overwrite):
+        raise JaxplainError(
+            f"{failed} samples failed; run the same command again to ask for those, and only those."
+        )
 
 
-def explain(config: ExplainConfig, *, overwrite: bool = False) -> None:
+def explain(config: ExplainConfig, *, overwrite: bool = False) -> int:
     """Run an explaining run; one that was interrupted goes on where it stopped.
+
+    Returns how many samples of this config failed and are still to be asked for.
 
     Raises JaxplainError for anything in the config that does not fit the store or the provider, and
     where the budget ends.
@@ -63,7 +68,12 @@ def explain(config: ExplainConfig, *, overwrite: bool = False) -> None:
         before = database.counts(recipe)
         if left:
             model = open_model(
-                config.explainer, config.sampling, database=database, recipe=recipe, stack=stack
+                config.explainer,
+                config.sampling,
+                database=database,
+                recipe=recipe,
+                stack=stack,
+                fresh=overwrite,
             )
             stack.enter_context(database.keeping_claims())
             try:
@@ -76,7 +86,7 @@ def explain(config: ExplainConfig, *, overwrite: bool = False) -> None:
                 ) from error
         progress.close()
         complete = database.done(recipe) & set(neurons)
-        _report(config, database, recipe, before, complete, neurons)
+        return _report(config, database, recipe, before, complete, neurons)
 
 
 def _check_kinds(config: ExplainConfig, split: Split) -> None:
@@ -145,28 +155,29 @@ def _report(
     before: dict[str, int],
     complete: set[tuple[int, int]],
     neurons: Sequence[tuple[int, int]],
-) -> None:
+) -> int:
     counts = Counter(database.counts(recipe))
     new = counts - Counter(before)
     outcomes = ", ".join(f"{count} {status}" for status, count in sorted(new.items())) or "nothing new"
     print(f"{len(complete)} of {len(neurons)} neurons are complete ({outcomes}); {database.path}")
     if is_remote(config.explainer):
         requests, cost = database.spent(recipe)
-        priced = f", ${cost:.4f}" if config.explainer.prices else ""
+        priced = f", at most ${cost:.4f}" if config.explainer.prices else ""
         print(f"requests so far: {requests}{priced}")
-    if len(complete) < len(neurons):
-        print(
-            f"{len(neurons) - len(complete)} neurons are with another process, or have requests that failed: "
-            "run the same command again for those."
-        )
-    if counts["unparsable"] or counts["refused"] or counts["failed"]:
-        print(f"why there is no explanation: sqlite3 {database.path} 'SELECT * FROM failures'")
+    without = counts["unparsable"] + counts["refused"] + counts["failed"]
+    if without:
+        reason = database.commonest_detail(recipe, "unparsable", "refused", "failed")
+        print(f"{without} samples have no explanation, most often because: {reason}")
+        print(f"  all reasons: sqlite3 {shlex.quote(str(database.path))} 'SELECT * FROM failures'")
     for pair in sorted(complete)[:: max(1, len(complete) // _SHOWN)][:_SHOWN]:
         print_explanations([e for e in database.explanations(*pair) if e.recipe == recipe], Console())
     if counts["explained"]:
         print(
             f"All of them: python -m jaxplain.export {shlex.quote(str(database.path))} --explanations all.csv"
         )
+    if len(complete) < len(neurons) and not counts["failed"]:
+        print(f"{len(neurons) - len(complete)} neurons are with another process.")
+    return counts["failed"]
 
 
 if __name__ == "__main__":

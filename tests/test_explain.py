@@ -23,7 +23,7 @@ from jaxplain.extract import main as extract
 from jaxplain.show import main as show
 from jaxplain.store.explanations import open_explanations
 from tests import tiny
-from tests.explainers.servers import answers, openai_server, text
+from tests.explainers.servers import answers, client_error, openai_server, text
 
 NEURONS = 12  # of each of two layers
 
@@ -347,6 +347,12 @@ BAD = [
     ),
     (("--explainer.provider", "openai", "--explainer.model", "m", "--explainer.mode", "batch"), "use online"),
     ((*TOKEN_TABLE, "--output", "/proc/none"), "cannot be made"),
+    (
+        ("--explainer.provider", "openai", "--explainer.model", "m", "--explainer.base_url", ""),
+        "begin it with",
+    ),
+    ((*TOKEN_TABLE, "--explainer.parameters", "{n: 3}"), "explainer.parameters.n is 3; the budget"),
+    ((*TOKEN_TABLE, "--explainer.parameters", "{max_tokens: 9}"), "use sampling.max_tokens"),
 ]
 
 
@@ -360,6 +366,49 @@ def test_bad_input(explain, monkeypatch, arguments, sentence):
     with pytest.raises(JaxplainError, match=re.escape(sentence)) as error:
         explain(*arguments)
     assert "\n" not in str(error.value)
+
+
+def test_failed_samples_end_in_a_sentence_and_the_reason_is_shown(explain, tmp_path, capsys):
+    with (
+        openai_server(lambda request, number: client_error(400, "too many tokens")) as server,
+        pytest.raises(JaxplainError, match="4 samples failed; run the same command again"),
+    ):
+        explain(*remote(server), "--neurons.layers", "0", "--neurons.indices", "3:5")
+    assert "most often because: 400 from 127.0.0.1: too many tokens" in capsys.readouterr().out
+    assert {row["status"] for row in rows(tmp_path)} == {"failed"}
+
+
+def test_overwrite_asks_again_in_spite_of_the_cache(explain):
+    arguments = ("--neurons.layers", "2", "--neurons.indices", "3")
+    with openai_server(answers(lambda prompt: "Explanation: words")) as server:
+        explain(*remote(server), *arguments)
+        explain(*remote(server), *arguments, "--overwrite")
+        assert len(server.requests) == 4
+
+
+def test_explanations_are_read_from_a_folder_that_cannot_be_written_to(explain, tmp_path, monkeypatch):
+    explain(*TOKEN_TABLE, "--neurons.layers", "0")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    out = tmp_path / "out.csv"
+    export([str(tmp_path), "--explanations", str(out)])
+    assert len(out.read_text("utf-8").splitlines()) == 1 + 2 * NEURONS
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "out.csv"])
+    with pytest.raises(JaxplainError, match="cannot be written to; name another folder"):
+        explain(*TOKEN_TABLE)
+
+
+def test_output_that_is_cut_off_by_its_reader(workspace, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxplain.explain", *command(workspace, tmp_path), *TOKEN_TABLE],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    with process.stderr as errors:
+        assert errors.read() == b""
+    assert process.wait(timeout=60) == 141
 
 
 def test_a_password_is_not_repeated(explain):

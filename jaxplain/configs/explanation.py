@@ -20,12 +20,16 @@ Style = Literal[
 ]
 
 
+_OWN_PARAMETERS = {"model", "messages", "contents", "n", "candidate_count", "stream"}
+_OWN_PARAMETERS |= {"max_tokens", "max_completion_tokens", "max_output_tokens"}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChosenNeuronsConfig(NeuronsConfig):
     """Which neurons to explain.
 
     Args:
-        layers: Layers by number from 0; all; or a range start:stop:step such as 0:30:3.
+        layers: A list of layers by number from 0; all; or a range start:stop:step such as 0:30:3.
         indices: Neurons of each layer, given in the same ways.
         file: A .npy of (layer, neuron) pairs, integers [N, 2], in place of the two above.
         by: Take the neurons with the highest value of a statistic, or random ones.
@@ -233,7 +237,7 @@ class ExplainerConfig:
                 value,
                 "it is for providers gemini and openai",
             )
-        address = urlsplit(self.base_url or "https://")
+        address = urlsplit("https://" if self.base_url is None else self.base_url)
         require(
             address.scheme in ("http", "https"), "explainer.base_url", self.base_url, "begin it with https://"
         )
@@ -246,6 +250,14 @@ class ExplainerConfig:
         for field in ("concurrency", "batch_requests", "timeout_seconds"):
             value = getattr(self, field)
             require(math.isfinite(value) and value > 0, f"explainer.{field}", value, "give a positive number")
+        for name, value in self.parameters.items():
+            require(
+                name not in _OWN_PARAMETERS or (value is None and "tokens" in name),
+                f"explainer.parameters.{name}",
+                value,
+                "the budget and the records would not know of it; use sampling.max_tokens, sampling.samples "
+                "or explainer.model",
+            )
         require(self.retries >= 0, "explainer.retries", self.retries, "give 0 or more")
         require(
             self.budget.max_cost_usd is None or self.model in self.prices,

@@ -182,7 +182,7 @@ class NeuronsConfig:
     """Which neurons to keep exemplars of.
 
     Args:
-        layers: Layers by number from 0; all; or a range start:stop:step such as 0:30:3.
+        layers: A list of layers by number from 0; all; or a range start:stop:step such as 0:30:3.
         indices: Neurons of each layer, given in the same ways.
         file: A .npy of (layer, neuron) pairs, integers [N, 2], in place of the two above.
     """

@@ -17,8 +17,11 @@ def open_model(
     database: ExplanationDatabase,
     recipe: int,
     stack: contextlib.ExitStack,
+    fresh: bool = False,
 ) -> LanguageModel | None:
     """What answers requests; None for token tables. `stack` closes what it opens.
+
+    With `fresh`, replies from the cache do not serve.
 
     Raises JaxplainError for a missing key, client library or model.
     """
@@ -45,5 +48,9 @@ def open_model(
     from jaxplain.explainers.remote import RemoteModel
     from jaxplain.explainers.reply_cache import ReplyCache
 
-    cache = stack.enter_context(ReplyCache(cache_folder() / REPLY_CACHE_NAME)) if config.cache else None
+    cache = (
+        stack.enter_context(ReplyCache(cache_folder() / REPLY_CACHE_NAME, fresh=fresh))
+        if config.cache
+        else None
+    )
     return RemoteModel(client, config, sampling, database=database, recipe=recipe, cache=cache)

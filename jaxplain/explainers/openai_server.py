@@ -16,6 +16,7 @@ except ImportError as missing:
         "explainer.provider openai needs the client library; install it with pip install 'jaxplain[openai]'."
     ) from missing
 
+_MOST_TOKENS = {True: "max_completion_tokens", False: "max_tokens"}
 _TRANSIENT_STATUS = {408, 409, 425, 429}
 
 
@@ -37,7 +38,8 @@ class OpenAIClient:
         return {
             "temperature": self._sampling.temperature,
             "top_p": self._sampling.top_p,
-            "max_completion_tokens": self._sampling.max_tokens,
+            # OpenAI's newer models insist on one name, other servers know the older one.
+            _MOST_TOKENS[self._config.base_url is None]: self._sampling.max_tokens,
             "seed": request.seed,
         } | self._config.parameters
 

@@ -167,9 +167,10 @@ def _explanations(replies: dict[Request, Reply], config: PromptConfig) -> dict[i
 def _choices(replies: dict[Request, Reply]) -> dict[int, str]:
     found = {}
     for request, reply in replies.items():
-        letter = re.search(rf"\b([{_LETTERS}])\b", reply.text)
-        if request.sample == 1 and reply.outcome == "answered" and letter:
-            found[request.index] = _options(request.index)[_LETTERS.index(letter[1])]
+        # "A good answer is C": the last one is meant.
+        letters = re.findall(rf"\b[{_LETTERS}]\b", reply.text)
+        if request.sample == 1 and reply.outcome == "answered" and letters:
+            found[request.index] = _options(request.index)[_LETTERS.index(letters[-1])]
     return found
 
 

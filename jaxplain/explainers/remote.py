@@ -247,13 +247,13 @@ class Purse:
         """What to raise where the budget ends."""
         budget = self._config.budget
         requests, spent = self._database.spent(self._recipe)
-        limits = [
-            f"max_requests {budget.max_requests}" if budget.max_requests is not None else "",
-            f"max_cost_usd {budget.max_cost_usd:g}" if budget.max_cost_usd is not None else "",
-        ]
+        if budget.max_requests is not None and requests >= budget.max_requests:
+            limit, reason = f"max_requests {budget.max_requests}", ""
+        else:
+            limit, reason = f"max_cost_usd {budget.max_cost_usd}", f", and the next one may cost ${most:.4f}"
         return JaxplainError(
-            f"the budget ({', '.join(filter(None, limits))}) is reached: {requests} requests and "
-            f"${spent:.4f} so far, and the next one may cost ${most:.4f}; raise it and run again"
+            f"the budget ({limit}) is reached: {requests} requests and at most ${spent:.4f} so far{reason}; "
+            "raise it and run again"
         )
 
 

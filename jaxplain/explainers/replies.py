@@ -56,6 +56,9 @@ class LanguageModel(Protocol):
         ...
 
 
+_LONGEST_EXPLANATION = 500  # characters; what is longer does not explain
+
+
 class UnparsableError(Exception):
     """A reply without an explanation in the form that was asked for."""
 
@@ -99,6 +102,8 @@ def _explanation(text: str) -> str:
         raise UnparsableError("the explanation is empty")
     while quoted := _QUOTED.fullmatch(explanation):
         explanation = (quoted[2] or quoted[3]).strip("* \t")
+    if len(explanation) > _LONGEST_EXPLANATION:
+        raise UnparsableError(f"the line is longer than {_LONGEST_EXPLANATION} characters")
     return explanation
 
 

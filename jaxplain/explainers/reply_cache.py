@@ -17,8 +17,9 @@ from jaxplain.explainers.replies import Reply
 class ReplyCache:
     """A SQLite file that several processes may use at once; use as a context manager."""
 
-    def __init__(self, path: Path):
-        self._path = path
+    def __init__(self, path: Path, *, fresh: bool = False):
+        """With `fresh`, replies are kept, but none is given."""
+        self._fresh = fresh
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(path, timeout=60, isolation_level=None)
@@ -40,6 +41,8 @@ class ReplyCache:
 
     def get(self, key: str) -> Reply | None:
         """The reply to an earlier request, at no cost."""
+        if self._fresh:
+            return None
         # A damaged row, or one of another version, is as good as none.
         with contextlib.suppress(sqlite3.Error, ValueError, TypeError):
             row = self._connection.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()

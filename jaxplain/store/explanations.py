@@ -298,6 +298,15 @@ class ExplanationDatabase:
         )
         return dict(rows.fetchall())
 
+    def commonest_detail(self, recipe: int, *statuses: Status) -> str | None:
+        """The reason that samples with one of the statuses give most often."""
+        row = self._connection.execute(
+            f"SELECT detail FROM samples WHERE recipe = ? AND status IN ({', '.join('?' * len(statuses))}) "
+            "GROUP BY detail ORDER BY count(*) DESC LIMIT 1",
+            (recipe, *statuses),
+        ).fetchone()
+        return row and row[0]
+
     def explanations(self, layer: int | None = None, index: int | None = None) -> list[Explanation]:
         """All explanations, or those of a layer or neuron, in order of neuron, sign, recipe and sample."""
         return list(self.each_explanation(layer, index))
@@ -395,9 +404,13 @@ def open_explanations(
             f"there are no explanations at {path}; make some with python -m jaxplain.explain."
         )
     try:
-        connection = _connect(path)
         if fingerprint is not None and subject is not None:
+            if path.parent.is_dir() and not os.access(path.parent, os.W_OK):
+                raise JaxplainError(f"{path.parent} cannot be written to; name another folder as output.")
+            connection = _connect(path)
             _create(connection, fingerprint, subject)
+        else:
+            connection = _connect_reader(path)
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version != _VERSION:
             raise JaxplainError(
@@ -421,6 +434,13 @@ def _connect(path: Path) -> sqlite3.Connection:
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = NORMAL")
     return connection
+
+
+def _connect_reader(path: Path) -> sqlite3.Connection:
+    """Open for reading alone; in a folder that cannot be written to, as a file that nobody changes."""
+    changing = os.access(path.parent, os.W_OK)
+    uri = f"{path.resolve().as_uri()}?{'mode=ro' if changing else 'immutable=1'}"
+    return sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS, isolation_level=None)
 
 
 def _create(connection: sqlite3.Connection, fingerprint: str, subject: str) -> None:

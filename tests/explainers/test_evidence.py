@@ -339,7 +339,7 @@ def test_ranges_are_slices(start, stop, step, length):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "5", "all", "a:b", "1:2:3:4", "1.5:2", "1-2", "0:9:0", "0:9:00", "0:9:-0", "1:2\n3", ": :"]
+    "text", ["", "all", "a:b", "1:2:3:4", "1.5:2", "1-2", "0:9:0", "0:9:00", "0:9:-0", "1:2\n3", ": :"]
 )
 def test_what_is_no_range(text):
     with pytest.raises(JaxplainError, match=r"prompt\.ranks is .*; write a range as start:stop"):

@@ -870,7 +870,7 @@ def test_parameters_reach_the_request(provider, config):
         )
         explain(wanted)
     sent = sampling_parameters(provider, server.requests[0].body)
-    names = {"openai": ("top_p", "max_completion_tokens"), "gemini": ("topP", "maxOutputTokens")}
+    names = {"openai": ("top_p", "max_tokens"), "gemini": ("topP", "maxOutputTokens")}
     top_p, most = names[provider]
     expected = {"temperature": 0.25, top_p: 0.75, most: 77} | arrived[provider]
     assert {name: sent[name] for name in expected} == expected
