@@ -110,7 +110,7 @@ class Attention(nnx.Module):
         mixed_BTHC = jax.nn.dot_product_attention(
             query_BTHC, key_BTKC, value_BTKC, is_causal=True, local_window_size=self.window
         )
-        return self._output(mixed_BTHC)
+        return self._biased(jnp.einsum("BTHC,HCD->BTD", mixed_BTHC, self.output_HCD[...]))
 
     def extend(
         self,
@@ -132,7 +132,10 @@ class Attention(nnx.Module):
         keys_BKCS = update(keys_BKCS, key_BTKC.transpose(0, 2, 3, 1), slot, axis=3)
         values_BKSC = update(values_BKSC, value_BTKC.swapaxes(1, 2), slot, axis=2)
         mixed_BTHC = _attend(query_BTHC, keys_BKCS, values_BKSC, seen, prefix)
-        return self._output(mixed_BTHC), keys_BKCS, values_BKSC
+        # H and C as one axis spare XLA's CPU backend a copy of the weight for every token.
+        mixed_BTX = mixed_BTHC.reshape((*mixed_BTHC.shape[:2], -1))
+        out_BTD = mixed_BTX @ self.output_HCD[...].reshape((-1, self.output_HCD.shape[-1]))
+        return self._biased(out_BTD), keys_BKCS, values_BKSC
 
     def _projections(
         self, x_BTD: Float[Array, "B T D"], rotary: tuple[Array, Array]
@@ -147,10 +150,7 @@ class Attention(nnx.Module):
             value_BTKC += self.value_bias_KC[...][None, None]
         return apply_rotary(query_BTHC, rotary), apply_rotary(key_BTKC, rotary), value_BTKC
 
-    def _output(self, mixed_BTHC: Float[Array, "B T H C"]) -> Float[Array, "B T D"]:
-        # Contracting H and C as one axis spares XLA's CPU backend a copy of the weight.
-        mixed_BTX = mixed_BTHC.reshape((*mixed_BTHC.shape[:2], -1))
-        out_BTD = mixed_BTX @ self.output_HCD[...].reshape((-1, self.output_HCD.shape[-1]))
+    def _biased(self, out_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return out_BTD + self.output_bias_D[...][None, None] if self.has_bias else out_BTD
 
 
