@@ -5,7 +5,7 @@ import csv
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -46,9 +46,17 @@ def export_explanations(run_folder: Path, out: Path) -> int:
         raise JaxplainError(f"--explanations is {out}; its name must end in {', '.join(_WRITERS)}.")
     database = run_folder / DATABASE_NAME if run_folder.is_dir() else run_folder
     partial = out.with_name(f".{out.name}.partial")
+    rows = 0
+
+    def counted(explanations: Iterable[Explanation]) -> Iterator[Explanation]:
+        nonlocal rows
+        for explanation in explanations:
+            rows += 1
+            yield explanation
+
     try:
         with open_explanations(database) as explanations:
-            rows = write(explanations.each_explanation(), partial)
+            write(counted(explanations.each_explanation()), partial)
         os.replace(partial, out)
     except OSError as error:
         raise JaxplainError(f"{out} cannot be written: {error.strerror}.") from error
@@ -57,40 +65,34 @@ def export_explanations(run_folder: Path, out: Path) -> int:
     return rows
 
 
-def _write_csv(explanations: Iterable[Explanation], path: Path) -> int:
-    rows = 0
+def _write_csv(explanations: Iterable[Explanation], path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, _COLUMNS)
         writer.writeheader()
-        for rows, explanation in enumerate(explanations, 1):  # noqa: B007
+        for explanation in explanations:
             writer.writerow(dataclasses.asdict(explanation))
-    return rows
 
 
-def _write_jsonl(explanations: Iterable[Explanation], path: Path) -> int:
-    rows = 0
+def _write_jsonl(explanations: Iterable[Explanation], path: Path) -> None:
     with path.open("w", encoding="utf-8") as file:
-        for rows, explanation in enumerate(explanations, 1):  # noqa: B007
+        for explanation in explanations:
             file.write(json.dumps(dataclasses.asdict(explanation), ensure_ascii=False) + "\n")
-    return rows
 
 
-def _write_parquet(explanations: Iterable[Explanation], path: Path) -> int:
-    numbers = ("layer", "index", "sample", "recipe")
-    schema = pa.schema([(name, pa.int32() if name in numbers else pa.string()) for name in _COLUMNS])
-    rows = 0
+def _write_parquet(explanations: Iterable[Explanation], path: Path) -> None:
+    types = {int: pa.int32(), str: pa.string(), str | None: pa.string()}
+    schema = pa.schema([(field.name, types[field.type]) for field in dataclasses.fields(Explanation)])
     pending: list[dict[str, object]] = []
     with pq.ParquetWriter(path, schema) as writer:
-        for rows, explanation in enumerate(explanations, 1):  # noqa: B007
+        for explanation in explanations:
             pending.append(dataclasses.asdict(explanation))
             if len(pending) == _ROWS_AT_ONCE:
                 writer.write_table(pa.Table.from_pylist(pending, schema))
                 pending = []
         writer.write_table(pa.Table.from_pylist(pending, schema))
-    return rows
 
 
-_WRITERS: dict[str, Callable[[Iterable[Explanation], Path], int]] = {
+_WRITERS: dict[str, Callable[[Iterable[Explanation], Path], None]] = {
     ".parquet": _write_parquet,
     ".jsonl": _write_jsonl,
     ".csv": _write_csv,

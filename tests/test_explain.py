@@ -23,7 +23,8 @@ from jaxplain.extract import main as extract
 from jaxplain.show import main as show
 from jaxplain.store.explanations import open_explanations
 from tests import tiny
-from tests.explainers.servers import answers, client_error, openai_server, text
+from tests.explainers.faults import answers, client_error, text
+from tests.explainers.openai_server import openai_server
 
 NEURONS = 12  # of each of two layers
 

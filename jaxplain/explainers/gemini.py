@@ -71,12 +71,15 @@ class GeminiClient:
 
     def parameters(self, request: Request) -> dict[str, Any]:
         """What is sent besides model and messages."""
-        return {
+        sent = {
             "temperature": self._sampling.temperature,
             "top_p": self._sampling.top_p,
             "max_output_tokens": self._sampling.max_tokens,
             "seed": request.seed % 2**31,
-        } | self._config.parameters
+        }
+        if request.schema is not None:
+            sent |= {"response_mime_type": "application/json", "response_json_schema": request.schema}
+        return sent | self._config.parameters
 
     def call(self, request: Request) -> tuple[list[types.ContentUnion], types.GenerateContentConfig]:
         """Contents and config of one call."""

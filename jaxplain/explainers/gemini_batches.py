@@ -7,6 +7,7 @@ dies at any moment finds it again: by its name, or by the label among the accoun
 import asyncio
 import contextlib
 import dataclasses
+import hashlib
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -231,11 +232,16 @@ class GeminiBatches:
 
 
 def _key(request: Request) -> str:
-    return f"{request.layer}:{request.index}:{request.sign}:{request.sample}"
+    key = f"{request.layer}:{request.index}:{request.sign}:{request.sample}"
+    if request.schema is None:
+        return key
+    # Whoever asks by schema asks about explanations, of which a neuron may have several.
+    said = "\n".join(message.content for message in request.messages)
+    return f"{key}:{hashlib.sha256(said.encode()).hexdigest()[:16]}"
 
 
 def _neuron(key: str) -> tuple[int, int]:
-    layer, index, _, _ = key.split(":")
+    layer, index, *_ = key.split(":")
     return int(layer), int(index)
 
 

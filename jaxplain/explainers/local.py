@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from jinja2 import TemplateError
 
 from jaxplain.configs.explanation import LocalModelConfig, SamplingConfig
 from jaxplain.configs.extraction import SubjectConfig
 from jaxplain.errors import JaxplainError
+from jaxplain.explainers.chat import ChatTokenizer
 from jaxplain.explainers.prompts import Message
 from jaxplain.explainers.replies import Reply, Request
 from jaxplain.mesh import make_mesh
@@ -19,11 +19,13 @@ from jaxplain.subjects.generation import Generator, Sampling
 from jaxplain.subjects.subject import Subject, open_subject
 
 _BATCHES_AT_ONCE = 8  # read together, so that prompts of like length share a batch
-_SLOT = "\ue000{}\ue001"  # stands for a message's content while the chat template is filled in
 
 
 class LocalModel:
-    """A chat model. A base model without a chat template goes on from the messages as plain text."""
+    """A chat model, or a base model without a chat template; `chat` has its tokenizer and template.
+
+    It is not held to a request's schema; `reply_start` can set it on the way, as with `{"verdicts": [`.
+    """
 
     def __init__(self, model: str, config: LocalModelConfig, sampling: SamplingConfig):
         self._config, self._sampling = config, sampling
@@ -38,6 +40,9 @@ class LocalModel:
                 f"embeddings of {subject.arch.vocabulary}; leave out what the model was not finetuned with."
             )
         mesh = make_mesh(config.mesh, batch_size=config.batch_size, mlp_width=subject.arch.neurons)
+        self.chat = ChatTokenizer(
+            self._tokenizer, model, escape=config.escape, added_tokens=config.added_tokens
+        )
         self._name = model
         self._stop = _stop_tokens(subject, config)
         self._generator = Generator(subject.load(mesh, with_head=True), mesh, batch_size=config.batch_size)
@@ -52,7 +57,7 @@ class LocalModel:
         )
         start = self._config.reply_start
         while chunk := list(itertools.islice(requests, self._config.batch_size * _BATCHES_AT_ONCE)):
-            prompts = [self.tokens(request.messages) for request in chunk]
+            prompts = [self.chat.tokens(request.messages, reply_start=start) for request in chunk]
             seeds = [request.seed for request in chunk]
             for number, completion in self._generator.generate(prompts, sampling, seeds):
                 text = self._tokenizer.decode(completion.tokens)
@@ -61,7 +66,7 @@ class LocalModel:
                     chunk[number],
                     Reply(
                         outcome="answered",
-                        text=start + self._unescaped(text),
+                        text=start + self.chat.unescaped(text),
                         detail=None
                         if completion.finished
                         else "the reply was cut short by sampling.max_tokens",
@@ -75,82 +80,10 @@ class LocalModel:
         self, messages: Sequence[Sequence[Message]], replies: Sequence[str]
     ) -> Float[np.ndarray, "N"]:
         """Mean natural log-probability per token of each reply after its messages."""
-        prompts = [self.tokens(one, with_start=False) for one in messages]
-        texts = [self._content(reply) for reply in replies]
+        prompts = [self.chat.tokens(one) for one in messages]
+        texts = [self.chat.text(reply) for reply in replies]
         lengths = np.array([len(text) for text in texts], np.float32)
         return self._generator.log_likelihoods(prompts, texts) / lengths
-
-    def tokens(self, messages: Sequence[Message], *, with_start: bool = True) -> list[int]:
-        """A chat as token ids, up to where the reply begins.
-
-        Special tokens come from the chat template alone: what looks like one in a message is text.
-        """
-        contents = [message.content for message in messages]
-        slots = [_SLOT.format(number) for number in range(len(messages))]
-        template = self._filled_template(messages, slots)
-        tokens: list[int] = []
-        for slot, content in zip(slots, contents, strict=True):
-            before, found, template = template.partition(slot)
-            if not found:
-                raise JaxplainError(f"the chat template of {self._name} leaves messages out.")
-            tokens += self._plain(before) + self._content(content)
-        start = self._config.reply_start if with_start else ""
-        return tokens + self._plain(template) + (self._content(start) if start else [])
-
-    def _filled_template(self, messages: Sequence[Message], slots: Sequence[str]) -> str:
-        chat = [{"role": m.role, "content": slot} for m, slot in zip(messages, slots, strict=True)]
-        if self._tokenizer.chat_template is None:
-            return "\n\n".join((f"{self._tokenizer.bos_token or ''}{slots[0]}", *slots[1:], ""))
-        try:
-            filled = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        except TemplateError:
-            # Some templates know no system role.
-            system, first, *rest = chat
-            merged = {"role": "user", "content": f"{system['content']}\n\n{first['content']}"}
-            filled = self._tokenizer.apply_chat_template(
-                [merged, *rest], tokenize=False, add_generation_prompt=True
-            )
-        assert isinstance(filled, str)
-        return filled
-
-    def _plain(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False) if text else []
-
-    def _content(self, text: str) -> list[int]:
-        """Text in which nothing is a special token but what the config's replacements bring in."""
-        pieces: list[str | int] = [text]
-        for original, replacement in self._config.escape.items():
-            number = self._tokenizer.convert_tokens_to_ids(replacement)
-            insert = number if isinstance(number, int) and replacement in self._config.added_tokens else None
-            pieces = [
-                part
-                for piece in pieces
-                for part in (
-                    _split(piece, original, replacement if insert is None else insert)
-                    if isinstance(piece, str)
-                    else [piece]
-                )
-            ]
-        tokens: list[int] = []
-        for piece in pieces:
-            if isinstance(piece, int):
-                tokens.append(piece)
-            elif piece:
-                tokens += self._tokenizer.encode(piece, add_special_tokens=False, split_special_tokens=True)
-        return tokens
-
-    def _unescaped(self, text: str) -> str:
-        for original, replacement in reversed(self._config.escape.items()):
-            text = text.replace(replacement, original)
-        return text
-
-
-def _split(text: str, original: str, replacement: str | int) -> list[str | int]:
-    parts = text.split(original)
-    joined: list[str | int] = []
-    for number, part in enumerate(parts):
-        joined += [replacement, part] if number else [part]
-    return joined
 
 
 def _stop_tokens(subject: Subject, config: LocalModelConfig) -> tuple[int, ...]:

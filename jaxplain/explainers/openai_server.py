@@ -35,13 +35,17 @@ class OpenAIClient:
 
     def parameters(self, request: Request) -> dict[str, Any]:
         """What is sent besides model and messages."""
-        return {
+        sent = {
             "temperature": self._sampling.temperature,
             "top_p": self._sampling.top_p,
             # OpenAI's newer models insist on one name, other servers know the older one.
             _MOST_TOKENS[self._config.base_url is None]: self._sampling.max_tokens,
             "seed": request.seed,
-        } | self._config.parameters
+        }
+        if request.schema is not None:
+            form = {"name": "reply", "schema": request.schema, "strict": True}
+            sent["response_format"] = {"type": "json_schema", "json_schema": form}
+        return sent | self._config.parameters
 
     async def ask(self, request: Request) -> Reply:
         """One chat completion."""

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import dataclasses
 import email.utils
+import json
 import math
 import random
 import time
@@ -209,6 +210,8 @@ class Purse:
         """The most that a request can cost, in US dollars."""
         # A token is at least a byte, and a message has a few of its own.
         most_input = sum(len(message.content.encode()) + 16 for message in request.messages)
+        if request.schema is not None:
+            most_input += len(json.dumps(request.schema))  # providers may write it into the prompt
         return self.cost(most_input, sampling.max_tokens)
 
     async def reserve(self, request: Request, sampling: SamplingConfig) -> float:

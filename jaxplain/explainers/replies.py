@@ -1,9 +1,10 @@
 """What a language model is asked, what it answers, and the explanation in that answer."""
 
 import dataclasses
+import json
 import re
-from collections.abc import Iterator, Sequence
-from typing import Literal, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from jaxplain.configs.explanation import PromptConfig
 from jaxplain.explainers.prompts import EXPLANATION, NEGATIVE, POSITIVE, Message
@@ -12,7 +13,12 @@ from jaxplain.store.explanations import Status
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """One prompt about a neuron. `sign` is max for prompts about both signs."""
+    """One prompt about a neuron. `sign` is max for prompts about both signs.
+
+    Remote models hold the reply to the JSON schema `schema`, if there is one. Keep it to what all providers
+    know: objects whose properties are all required, without others; no bounds. Local models ignore it, and
+    some servers do, so the messages must say it in words too.
+    """
 
     layer: int
     index: int
@@ -21,6 +27,7 @@ class Request:
     messages: Sequence[Message]
     seed: int
     sequences: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    schema: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +67,82 @@ _LONGEST_EXPLANATION = 500  # characters; what is longer does not explain
 
 
 class UnparsableError(Exception):
-    """A reply without an explanation in the form that was asked for."""
+    """A reply that is not in the form that was asked for."""
+
+
+_Item = TypeVar("_Item")
+_Answer = TypeVar("_Answer")
+
+
+def replies_by_item(
+    model: LanguageModel, asked: Iterator[tuple[_Item, Sequence[Request]]]
+) -> Iterator[tuple[_Item, list[Reply]]]:
+    """Items with the replies to their requests, in the requests' order, as soon as the last one is in.
+
+    What the model leaves without an answer counts as failed.
+    """
+    unanswered = Reply(outcome="failed", detail="the model left it without an answer")
+    under_way: dict[Request, tuple[_Item, list[Reply], int]] = {}
+    nothing_asked: list[_Item] = []
+
+    def requests() -> Iterator[Request]:
+        for item, wanted in asked:
+            replies = [unanswered] * len(wanted)
+            under_way.update({request: (item, replies, place) for place, request in enumerate(wanted)})
+            if not wanted:
+                nothing_asked.append(item)
+            yield from wanted
+
+    for request, reply in model.answers(requests()):
+        item, replies, place = under_way.pop(request)
+        replies[place] = reply
+        if all(reply is not unanswered for reply in replies):
+            yield item, replies
+    yield from {id(replies): (item, replies) for item, replies, _ in under_way.values()}.values()
+    yield from ((item, []) for item in nothing_asked)
+
+
+def answer_in(reply: Reply, parse: Callable[[str], _Answer]) -> _Answer:
+    """What `parse` makes of a reply's text.
+
+    Raises UnparsableError that says why there is nothing: the model refused, the request failed, or the
+    text is not what was asked for, perhaps because it was cut short.
+    """
+    if reply.outcome != "answered":
+        raise UnparsableError(f"{reply.outcome}: {reply.detail}")
+    try:
+        return parse(reply.text)
+    except UnparsableError as error:
+        raise UnparsableError(f"{error}; {reply.detail}" if reply.detail else str(error)) from error
+
+
+_FENCED = re.compile(r"```(?:json)?(.*)```", re.DOTALL | re.IGNORECASE)
+
+
+def parse_json(text: str) -> Any:
+    """The JSON that a reply consists of, with or without Markdown's fence around it.
+
+    Raises UnparsableError, also for what Python takes and JSON does not know (NaN), and for a key that
+    comes twice.
+    """
+    fenced = _FENCED.fullmatch(text.strip())
+    try:
+        return json.loads(
+            fenced[1] if fenced else text, parse_constant=_no_json, object_pairs_hook=_without_doubles
+        )
+    except (ValueError, RecursionError) as error:
+        raise UnparsableError(f"the reply is not JSON ({error})") from error
+
+
+def _no_json(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a key of {', '.join(found)} comes twice")
+    return found
 
 
 _LABEL = re.compile(r"((?:positive |negative )?explanation)[*_\s]*:[*_]*", re.IGNORECASE)

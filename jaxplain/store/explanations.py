@@ -87,6 +87,7 @@ class Explanation:
     """One explanation of a neuron.
 
     Attributes:
+        id: Its number in the database, which scores refer to.
         layer, index: The neuron.
         sign: max explains what drives it up, min what drives it down.
         text: The explanation.
@@ -97,6 +98,7 @@ class Explanation:
         recipe: Number of the config in the database's table `recipes`.
     """
 
+    id: int
     layer: int
     index: int
     sign: str
@@ -130,25 +132,26 @@ class ExplanationDatabase:
     """The database, open for reading and writing, in one process. Use as a context manager."""
 
     def __init__(self, path: Path, connection: sqlite3.Connection):
-        self.path, self._connection = path, connection
+        self.path, self.connection = path, connection
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}"
 
     def __enter__(self) -> "ExplanationDatabase":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._connection.close()
+        self.connection.close()
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """The connection, for statements that take effect together or not at all."""
         try:
-            self._connection.execute("BEGIN IMMEDIATE")
+            self.connection.execute("BEGIN IMMEDIATE")
             try:
-                yield self._connection
-                self._connection.execute("COMMIT")
+                yield self.connection
+                self.connection.execute("COMMIT")
             except BaseException:
                 with contextlib.suppress(sqlite3.Error):
-                    self._connection.execute("ROLLBACK")
+                    self.connection.execute("ROLLBACK")
                 raise
         except sqlite3.Error as error:
             raise JaxplainError(f"{self.path} could not be written: {first_line(error)}.") from error
@@ -158,7 +161,7 @@ class ExplanationDatabase:
     def recipe(self, config: Mapping[str, Any], version: str) -> int:
         """The number of a config; added if it is new. What it holds decides what counts as the same work."""
         text = json.dumps(config, sort_keys=True)
-        with self._transaction() as c:
+        with self.transaction() as c:
             c.execute(
                 "INSERT OR IGNORE INTO recipes (config, jaxplain_version, created) VALUES (?, ?, ?)",
                 (text, version, time.time()),
@@ -169,7 +172,7 @@ class ExplanationDatabase:
         self, recipe: int, cost_usd: float, *, max_requests: int | None, max_cost_usd: float | None
     ) -> bool:
         """Book a request and the most that it can cost; False where that would exceed a limit."""
-        with self._transaction() as c:
+        with self.transaction() as c:
             booked = c.execute(
                 "UPDATE recipes SET requests = requests + 1, cost_usd = cost_usd + :cost WHERE id = :recipe "
                 "AND (:requests IS NULL OR requests < :requests) "
@@ -180,7 +183,7 @@ class ExplanationDatabase:
 
     def settle(self, recipe: int, reserved_usd: float, cost_usd: float, *, unsent: int = 0) -> None:
         """Put what requests did cost in place of what was booked; `unsent` of them were never sent."""
-        with self._transaction() as c:
+        with self.transaction() as c:
             c.execute(
                 "UPDATE recipes SET cost_usd = max(0, cost_usd + ?), requests = requests - ? WHERE id = ?",
                 (cost_usd - reserved_usd, unsent, recipe),
@@ -188,7 +191,7 @@ class ExplanationDatabase:
 
     def spent(self, recipe: int) -> tuple[int, float]:
         """Requests and US dollars so far."""
-        return self._connection.execute(
+        return self.connection.execute(
             "SELECT requests, cost_usd FROM recipes WHERE id = ?", (recipe,)
         ).fetchone()
 
@@ -196,7 +199,7 @@ class ExplanationDatabase:
 
     def done(self, recipe: int) -> set[tuple[int, int]]:
         """The (layer, neuron) pairs that are complete."""
-        rows = self._connection.execute(
+        rows = self.connection.execute(
             "SELECT layer, neuron FROM work WHERE recipe = ? AND owner IS NULL", (recipe,)
         )
         return {(layer, neuron) for layer, neuron in rows}
@@ -204,7 +207,7 @@ class ExplanationDatabase:
     def claim(self, recipe: int, layer: int, neuron: int) -> bool:
         """Take a neuron on, unless it is done or a living process has it."""
         key, now = (recipe, layer, neuron), time.time()
-        with self._transaction() as c:
+        with self.transaction() as c:
             row = c.execute(
                 "SELECT owner, expires FROM work WHERE recipe = ? AND layer = ? AND neuron = ?", key
             ).fetchone()
@@ -236,12 +239,12 @@ class ExplanationDatabase:
         finally:
             stop.set()
             thread.join()
-            with self._transaction() as c:
+            with self.transaction() as c:
                 c.execute("DELETE FROM work WHERE owner = ?", (self.owner,))
 
     def forget(self, recipe: int, neurons: Iterable[tuple[int, int]]) -> None:
         """Remove what a recipe gave for some neurons, so that it is done again."""
-        with self._transaction() as c:
+        with self.transaction() as c:
             keys = [(recipe, layer, neuron) for layer, neuron in neurons]
             for table in ("samples", "work"):
                 c.executemany(f"DELETE FROM {table} WHERE recipe = ? AND layer = ? AND neuron = ?", keys)
@@ -250,7 +253,7 @@ class ExplanationDatabase:
 
     def answered(self, recipe: int, layer: int, neuron: int) -> set[tuple[str, int]]:
         """The (sign, sample) pairs that need not be asked for again: all but those that failed."""
-        rows = self._connection.execute(
+        rows = self.connection.execute(
             "SELECT sign, sample FROM samples WHERE recipe = ? AND layer = ? AND neuron = ? "
             "AND status <> 'failed'",
             (recipe, layer, neuron),
@@ -260,7 +263,7 @@ class ExplanationDatabase:
     def finish(self, recipe: int, layer: int, neuron: int, samples: Sequence[Sample]) -> None:
         """Write a neuron's samples; it is done unless one of them failed."""
         key, now = (recipe, layer, neuron), time.time()
-        with self._transaction() as c:
+        with self.transaction() as c:
             for sample in samples:
                 c.execute(
                     "DELETE FROM samples WHERE recipe = ? AND layer = ? AND neuron = ? AND sign = ? "
@@ -293,14 +296,14 @@ class ExplanationDatabase:
 
     def counts(self, recipe: int) -> dict[str, int]:
         """How many samples of a recipe have each status."""
-        rows = self._connection.execute(
+        rows = self.connection.execute(
             "SELECT status, count(*) FROM samples WHERE recipe = ? GROUP BY status", (recipe,)
         )
         return dict(rows.fetchall())
 
     def commonest_detail(self, recipe: int, *statuses: Status) -> str | None:
         """The reason that samples with one of the statuses give most often."""
-        row = self._connection.execute(
+        row = self.connection.execute(
             f"SELECT detail FROM samples WHERE recipe = ? AND status IN ({', '.join('?' * len(statuses))}) "
             "GROUP BY detail ORDER BY count(*) DESC LIMIT 1",
             (recipe, *statuses),
@@ -313,16 +316,17 @@ class ExplanationDatabase:
 
     def each_explanation(self, layer: int | None = None, index: int | None = None) -> Iterator[Explanation]:
         """The same, one by one."""
-        rows = self._connection.execute(
-            "SELECT layer, neuron, sign, text, sample, recipe, model, "
+        rows = self.connection.execute(
+            "SELECT explanations.id, layer, neuron, sign, text, sample, recipe, model, "
             "json_extract(config, '$.explainer.provider'), json_extract(config, '$.prompt.style') "
             "FROM explanations JOIN recipes ON recipes.id = recipe "
             "WHERE (:layer IS NULL OR layer = :layer) AND (:index IS NULL OR neuron = :index) "
             "ORDER BY layer, neuron, sign, recipe, sample",
             {"layer": layer, "index": index},
         )
-        for layer_, neuron, sign, text, sample, recipe, model, provider, style in rows:
+        for id_, layer_, neuron, sign, text, sample, recipe, model, provider, style in rows:
             yield Explanation(
+                id=id_,
                 layer=layer_,
                 index=neuron,
                 sign=sign,
@@ -337,7 +341,7 @@ class ExplanationDatabase:
     def search(self, query: str) -> list[Explanation]:
         """Explanations that match a full-text query, best first (SQLite's FTS5 syntax)."""
         try:
-            rows = self._connection.execute(
+            rows = self.connection.execute(
                 "SELECT layer, neuron, sign, sample, recipe FROM explanations_text "
                 "JOIN samples ON samples.id = explanations_text.rowid WHERE explanations_text MATCH ? "
                 "ORDER BY rank",
@@ -355,7 +359,7 @@ class ExplanationDatabase:
 
     def add_batch(self, recipe: int, label: str, requests: Sequence[str], reserved_usd: float) -> None:
         """Note a job that is about to be submitted under a label of our own."""
-        with self._transaction() as c:
+        with self.transaction() as c:
             c.execute(
                 "INSERT INTO batches (recipe, label, requests, reserved_usd, created) VALUES (?, ?, ?, ?, ?)",
                 (recipe, label, json.dumps(requests), reserved_usd, time.time()),
@@ -363,12 +367,12 @@ class ExplanationDatabase:
 
     def name_batch(self, label: str, name: str) -> None:
         """Note the provider's name for a submitted job."""
-        with self._transaction() as c:
+        with self.transaction() as c:
             c.execute("UPDATE batches SET name = ? WHERE label = ?", (name, label))
 
     def settle_batch(self, label: str, cost_usd: float) -> None:
         """Put what a job did cost in place of what was booked; the same again changes nothing."""
-        with self._transaction() as c:
+        with self.transaction() as c:
             c.execute(
                 "UPDATE recipes SET cost_usd = max(0, cost_usd + :cost - reserved_usd) FROM batches "
                 "WHERE recipes.id = batches.recipe AND label = :label",
@@ -378,7 +382,7 @@ class ExplanationDatabase:
 
     def keep_in_batch(self, label: str, requests: Sequence[str]) -> None:
         """Forget a job but for these requests, and all of it where there are none."""
-        with self._transaction() as c:
+        with self.transaction() as c:
             if requests:
                 c.execute("UPDATE batches SET requests = ? WHERE label = ?", (json.dumps(requests), label))
             else:
@@ -386,7 +390,7 @@ class ExplanationDatabase:
 
     def batches(self, recipe: int) -> list[tuple[str, str | None, list[str], float]]:
         """Jobs under way: label, the provider's name if known, keys of the requests, and what is booked."""
-        rows = self._connection.execute(
+        rows = self.connection.execute(
             "SELECT label, name, requests, reserved_usd FROM batches WHERE recipe = ? ORDER BY id", (recipe,)
         )
         return [(label, name, json.loads(requests), booked) for label, name, requests, booked in rows]
@@ -424,7 +428,7 @@ def open_explanations(
     if fingerprint is not None and kept[0] != fingerprint:
         connection.close()
         raise JaxplainError(
-            f"{path} holds explanations of another store (of {kept[1]}); name another folder as output."
+            f"{path} holds explanations of another store (of {kept[1]}); name another folder."
         )
     return ExplanationDatabase(path, connection)
 
@@ -446,14 +450,15 @@ def _connect_reader(path: Path) -> sqlite3.Connection:
 def _create(connection: sqlite3.Connection, fingerprint: str, subject: str) -> None:
     connection.execute("BEGIN IMMEDIATE")
     if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
-        for statement in _statements(_SCHEMA):
+        for statement in statements(_SCHEMA):
             connection.execute(statement)
         connection.execute("INSERT INTO store VALUES (?, ?)", (fingerprint, subject))
         connection.execute(f"PRAGMA user_version = {_VERSION}")
     connection.execute("COMMIT")
 
 
-def _statements(script: str) -> Iterator[str]:
+def statements(script: str) -> Iterator[str]:
+    """The statements of a script, one by one."""
     statement = ""
     for line in script.strip().splitlines(keepends=True):
         statement += line

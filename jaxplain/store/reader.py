@@ -7,11 +7,12 @@ for exemplar in neuron.exemplars("max", limit=5):
 """
 
 import codecs
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -22,8 +23,14 @@ from jaxtyping import Float, Int
 
 from jaxplain.errors import JaxplainError
 from jaxplain.store import schema
-from jaxplain.store.explanations import DATABASE_NAME, Explanation, open_explanations
+from jaxplain.store.explanations import (
+    DATABASE_NAME,
+    Explanation,
+    ExplanationDatabase,
+    open_explanations,
+)
 from jaxplain.store.files import Files, partial_name
+from jaxplain.store.scores import Score, read_scores
 
 if TYPE_CHECKING:
     import xarray
@@ -179,14 +186,24 @@ class Neuron:
         They are of the neuron rather than of this split. `path` is a database, or a folder that holds
         one, where that is not beside the store.
         """
+        with self._database(path) as database:
+            return database.explanations(self.layer, self.index) if database else []
+
+    def scores(self, path: str | Path | None = None) -> list[Score]:
+        """The scores of the neuron's explanations, by sign, explanation and simulator; see `explanations`."""
+        with self._database(path) as database:
+            return list(read_scores(database, self.layer, self.index)) if database else []
+
+    @contextlib.contextmanager
+    def _database(self, path: str | Path | None) -> Iterator[ExplanationDatabase | None]:
+        """The database, or None where none was named and there is none yet."""
         store = self.split.store
-        place = store.explanations_path if path is None else Path(path)
-        if place is not None and place.is_dir():
-            place /= DATABASE_NAME
+        place = store.database_path(path)
         if place is None or (path is None and not place.exists()):
-            return []
+            yield None
+            return
         with open_explanations(place, fingerprint=store.fingerprint) as database:
-            return database.explanations(self.layer, self.index)
+            yield database
 
 
 class Split:
@@ -309,6 +326,12 @@ class Store:
         """Where explanations.sqlite lies, beside the store; None for a store that is not on a local disk."""
         path = self.zarr_path
         return None if "://" in path else Path(path).parent / DATABASE_NAME
+
+    def database_path(self, given: str | Path | None = None) -> Path | None:
+        """The database of explanations: a file or folder that is given, or the one beside the store."""
+        if given is None:
+            return self.explanations_path
+        return Path(given) / DATABASE_NAME if Path(given).is_dir() else Path(given)
 
     @property
     def zarr_path(self) -> str:

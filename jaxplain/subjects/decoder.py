@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -286,13 +287,17 @@ class Decoder(nnx.Module):
         self.layers = nnx.List([Block(arch, rngs, dtype) for _ in range(depth)])
         self.head = Head(arch, rngs, dtype) if with_head else None
 
-    def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """The residual stream after the last layer."""
+    def __call__(self, tokens_BT: Int[Array, "B T"], *, remat: bool = False) -> Float[Array, "B T D"]:
+        """The residual stream after the last layer.
+
+        With `remat`, a backward pass computes what is inside the layers again instead of keeping it.
+        """
         x_BTD = self.embedding_VD[...][tokens_BT]
         rotary_TC = rotary_tables(self.arch.rotary, self.arch.head_width, tokens_BT.shape[1])
+        call = nnx.remat(Block.__call__) if remat else Block.__call__
         with _exact_products():
             for layer in self.layers:
-                x_BTD = layer(x_BTD, rotary_TC)
+                x_BTD = call(layer, x_BTD, rotary_TC)
         return x_BTD
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
@@ -353,12 +358,15 @@ class Decoder(nnx.Module):
         """Next-token logits, in the dtype of the weights."""
         return self.unembed(self(tokens_BT))
 
-    def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Next-token logits from the residual stream after the last layer."""
+    def unembed(
+        self, x_BTD: Float[Array, "B T D"], only: Int[Array | np.ndarray, "V"] | None = None
+    ) -> Float[Array, "B T V"]:
+        """Next-token logits, of some tokens `only` where those are given, from the residual stream."""
         if self.head is None or len(self.layers) != self.arch.layers:
             raise ValueError("logits need a decoder with all layers and with_head=True")
         x_BTD = self.head.norm(x_BTD)
+        chosen = slice(None) if only is None else only
         with _exact_products():
             if self.arch.tied_embeddings:
-                return jnp.einsum("BTD,VD->BTV", x_BTD, self.embedding_VD[...])
-            return jnp.einsum("BTD,DV->BTV", x_BTD, self.head.unembedding_DV[...])
+                return jnp.einsum("BTD,VD->BTV", x_BTD, self.embedding_VD[chosen])
+            return jnp.einsum("BTD,DV->BTV", x_BTD, self.head.unembedding_DV[:, chosen])

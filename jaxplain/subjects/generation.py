@@ -23,7 +23,9 @@ from jaxplain.errors import JaxplainError
 from jaxplain.subjects.decoder import Cache, Decoder
 
 _TOKENS_PER_READ = 128
-_SLOTS_PER_STEP = 128  # cache sizes are multiples of this, so that few programs are compiled
+# Reads and caches come in multiples of these, so that few programs are compiled.
+_TOKENS_PER_STEP = 32
+_SLOTS_PER_STEP = 128
 _BISECTIONS = 32
 
 
@@ -125,9 +127,9 @@ class Generator:
             prefix = []  # not worth two more programs
         shared = None
         if prefix:
-            shared, _ = self._read_rows(self._empty_cache(1, _padded(len(prefix))), None, [prefix], 0)
-        slots = _padded(longest - len(prefix)) + room
-        slots = math.ceil(slots / _SLOTS_PER_STEP) * _SLOTS_PER_STEP
+            empty = self._empty_cache(1, _padded(len(prefix), _SLOTS_PER_STEP))
+            shared, _ = self._read_rows(empty, None, [prefix], 0)
+        slots = _padded(_padded(longest - len(prefix), _TOKENS_PER_STEP) + room, _SLOTS_PER_STEP)
 
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for start in range(0, len(order), self.batch_size):
@@ -141,17 +143,19 @@ class Generator:
         self, cache: Cache, prefix: Cache | None, rows: Sequence[Sequence[int]], position: int
     ) -> tuple[Cache, Float[Array, "B D"]]:
         """Rows of tokens, from `position` on, read in pieces, padded on the left."""
-        width = _padded(max(map(len, rows)))
+        width = _padded(max(map(len, rows)), _TOKENS_PER_STEP)
         tokens_BT = np.zeros((len(rows), width), np.int32)
         positions_BT = np.full((len(rows), width), -1, np.int32)
         for row, tokens in enumerate(rows):
             tokens_BT[row, width - len(tokens) :] = tokens
             positions_BT[row, width - len(tokens) :] = position + np.arange(len(tokens))
         last_BD = jnp.zeros((len(rows), self._arch.width))
-        for start in range(0, width, _TOKENS_PER_READ):
-            piece = np.s_[:, start : start + _TOKENS_PER_READ]
+        stop = (width - 1) % _TOKENS_PER_READ + 1  # the first piece is what the others leave
+        while stop <= width:
+            piece = np.s_[:, max(stop - _TOKENS_PER_READ, 0) : stop]
             placed = self._place(tokens_BT[piece], positions_BT[piece])
             cache, last_BD = _extend(self._graph, self._weights, cache, prefix, *placed)
+            stop += _TOKENS_PER_READ
         return cache, last_BD
 
     def _empty_cache(self, batch: int, slots: int) -> Cache:
@@ -163,8 +167,8 @@ class Generator:
         return _empty(self._graph, self._weights, batch, slots, (layers, layers, positions, used))
 
 
-def _padded(tokens: int) -> int:
-    return math.ceil(tokens / _TOKENS_PER_READ) * _TOKENS_PER_READ
+def _padded(tokens: int, step: int) -> int:
+    return math.ceil(tokens / step) * step
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3, 4))
@@ -209,17 +213,20 @@ def _sample(
         step, lengths_B, *_ = state
         return (step < room) & (lengths_B == step).any()
 
-    def advance(state: tuple) -> tuple:
-        step, lengths_B, tokens_BN, last_BD, cache = state
+    def choose(step: Array, lengths_B: Array, tokens_BN: Array, last_BD: Array) -> tuple:
         logits_BV = decoder.unembed(last_BD[:, None])[:, 0].astype(jnp.float32)
         chosen_B = _choose(logits_BV, jax.vmap(jax.random.fold_in, (0, None))(keys_B, step), sampling)
         goes_on_B = (lengths_B == step) & ~(chosen_B[:, None] == stop_S[None]).any(axis=1)
         tokens_BN = jax.lax.dynamic_update_slice_in_dim(tokens_BN, chosen_B[:, None], step, axis=1)
-        x_BTD, cache = decoder.extend(chosen_B[:, None], (next_B + step)[:, None], cache, prefix)
-        return step + 1, lengths_B + goes_on_B, tokens_BN, x_BTD[:, -1], cache
+        return step + 1, lengths_B + goes_on_B, tokens_BN, chosen_B
 
-    start = (jnp.int32(0), jnp.zeros(rows, jnp.int32), jnp.zeros((rows, room), jnp.int32), last_BD, cache)
-    _, lengths_B, tokens_BN, _, _ = jax.lax.while_loop(unfinished, advance, start)
+    def advance(state: tuple) -> tuple:
+        step, lengths_B, tokens_BN, chosen_B, cache = state
+        x_BTD, cache = decoder.extend(chosen_B[:, None], (next_B + step - 1)[:, None], cache, prefix)
+        return *choose(step, lengths_B, tokens_BN, x_BTD[:, -1]), cache
+
+    first = choose(jnp.int32(0), jnp.zeros(rows, jnp.int32), jnp.zeros((rows, room), jnp.int32), last_BD)
+    _, lengths_B, tokens_BN, _, _ = jax.lax.while_loop(unfinished, advance, (*first, cache))
     return tokens_BN, lengths_B
 
 

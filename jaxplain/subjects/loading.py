@@ -106,9 +106,7 @@ def _match(
     checkpoint: _Checkpoint, family: Family, arch: Architecture, parameters: dict[str, Any]
 ) -> dict[str, Weight]:
     """Which tensor fills which parameter, with every name accounted for."""
-    known = {
-        weight.source: weight for pattern in family.weights for weight in _each_layer(pattern, arch.layers)
-    }
+    known = {weight.source: weight for weight in weights_of(family, arch)}
     for name in checkpoint:
         ignored = any(fnmatch.fnmatch(name, pattern) for pattern in family.ignored_tensors)
         if name not in known and not ignored:
@@ -137,26 +135,37 @@ def _match(
     return {target: by_target[target] for target in parameters}
 
 
-def _each_layer(weight: Weight, layers: int) -> Iterator[Weight]:
-    if "{layer}" not in weight.target:
-        yield weight
-        return
-    for layer in range(layers):
-        yield dataclasses.replace(
-            weight,
-            source=weight.source.format(layer=layer),
-            target=weight.target.format(layer=layer),
-        )
+def weights_of(family: Family, arch: Architecture) -> Iterator[Weight]:
+    """The family's table of tensors, with an entry for each layer."""
+    for weight in family.weights:
+        for layer in range(arch.layers) if "{layer}" in weight.target else [0]:
+            yield dataclasses.replace(
+                weight,
+                source=weight.source.format(layer=layer),
+                target=weight.target.format(layer=layer),
+            )
 
 
-def _load(tensor: Any, weight: Weight, parameter: Any, mesh: Mesh, dtype: jnp.dtype) -> jax.Array:
-    letters = weight.target.rsplit("_", 1)[1]
-    sizes = dict(zip(letters, parameter.shape, strict=True))
+def source_axes(weight: Weight) -> tuple[str, list[tuple[str, ...]]]:
+    """The parameter's axis letters; and the source's axes, each as the letters that it has flattened."""
     groups = [
         tuple(bracketed.split() or single)
         for bracketed, single in re.findall(r"\(([^()]+)\)|(\w)", weight.axes)
     ]
-    expected = tuple(math.prod(sizes[letter] for letter in group) for group in groups)
+    return weight.target.rsplit("_", 1)[1], groups
+
+
+def source_shape(weight: Weight, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the source's tensor, for that of the parameter."""
+    letters, groups = source_axes(weight)
+    sizes = dict(zip(letters, shape, strict=True))
+    return tuple(math.prod(sizes[letter] for letter in group) for group in groups)
+
+
+def _load(tensor: Any, weight: Weight, parameter: Any, mesh: Mesh, dtype: jnp.dtype) -> jax.Array:
+    letters, groups = source_axes(weight)
+    sizes = dict(zip(letters, parameter.shape, strict=True))
+    expected = source_shape(weight, parameter.shape)
     found = tuple(tensor.get_shape())
     if found != expected:
         raise JaxplainError(

@@ -49,25 +49,35 @@ class Subject:
         )
 
     def weight_hash(self) -> str:
-        """A fingerprint of the weights: SHA-256 over every tensor's header and first 4 KiB."""
-        digest = hashlib.sha256()
-        for path in sorted(self.folder.glob("*.safetensors")):
-            with path.open("rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(size))
-                header.pop("__metadata__", None)
-                for name, tensor in sorted(header.items()):
-                    start, stop = tensor["data_offsets"]
-                    file.seek(8 + size + start)
-                    digest.update(f"{name} {tensor['dtype']} {tensor['shape']}".encode())
-                    digest.update(file.read(min(stop - start, _HASHED_BYTES_PER_TENSOR)))
-        return digest.hexdigest()
+        """A fingerprint of the weights, see `weight_hash`."""
+        return weight_hash(self.folder)
 
     def tokenizer_hash(self) -> str:
         """SHA-256 of the tokenizer's full definition."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        text = backend.to_str() if backend else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return tokenizer_hash(self.tokenizer)
+
+
+def weight_hash(folder: Path) -> str:
+    """A fingerprint of a folder's weights: SHA-256 over every tensor's header and first 4 KiB."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            header.pop("__metadata__", None)
+            for name, tensor in sorted(header.items()):
+                start, stop = tensor["data_offsets"]
+                file.seek(8 + size + start)
+                digest.update(f"{name} {tensor['dtype']} {tensor['shape']}".encode())
+                digest.update(file.read(min(stop - start, _HASHED_BYTES_PER_TENSOR)))
+    return digest.hexdigest()
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of a tokenizer's full definition."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def open_subject(config: SubjectConfig, *, field: str = "subject.id") -> Subject:
@@ -76,7 +86,7 @@ def open_subject(config: SubjectConfig, *, field: str = "subject.id") -> Subject
     Raises JaxplainError where there is none of that name, or it is of no supported family; `field` is
     what the config calls its id.
     """
-    folder = _folder(config, field)
+    folder = find_folder(config.id, config.revision, field=field)
     if not (folder / "config.json").exists():
         raise JaxplainError(
             f"the subject's folder {folder} holds no config.json; it must be a Hugging Face model folder."
@@ -106,26 +116,30 @@ def open_subject(config: SubjectConfig, *, field: str = "subject.id") -> Subject
     )
 
 
-def _folder(config: SubjectConfig, field: str) -> Path:
-    if config.id in PACKAGED_SUBJECTS:
-        return packaged_folder(config.id)
-    path = Path(config.id).expanduser()
-    if config.id and path.is_dir():
+def find_folder(model: str, revision: str | None = None, *, field: str) -> Path:
+    """The folder of a packaged subject, a local one, or what the hub gives for an id, in this order.
+
+    Raises JaxplainError, which names the config's field, where there is none of that name.
+    """
+    if model in PACKAGED_SUBJECTS:
+        return packaged_folder(model)
+    path = Path(model).expanduser()
+    if model and path.is_dir():
         return path.resolve()
-    if not config.id or config.id[0] in "/.~":
-        raise JaxplainError(f"{field} is {config.id!r}, but there is no such folder.")
+    if not model or model[0] in "/.~":
+        raise JaxplainError(f"{field} is {model!r}, but there is no such folder.")
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                config.id,
-                revision=config.revision,
+                model,
+                revision=revision,
                 allow_patterns=_HUB_FILES,
                 ignore_patterns=_HUB_DUPLICATES,
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise JaxplainError(
-            f"{field} is {config.id!r}, which is no packaged subject "
+            f"{field} is {model!r}, which is no packaged subject "
             f"({', '.join(PACKAGED_SUBJECTS)}) and no folder, and the Hugging Face hub does not "
             f"give it: {first_line(error)}."
         ) from error

@@ -16,14 +16,12 @@ import pytest
 from jaxplain.configs.explanation import BudgetConfig, PriceConfig, PromptConfig, SamplingConfig
 from jaxplain.explain import explain
 from jaxplain.explainers import gemini_batches
-from tests.explainers import test_remote
-from tests.explainers.servers import (
+from tests.explainers.faults import (
     answers,
     blank,
     client_error,
     cut_off,
     dropped,
-    gemini_server,
     hang,
     malformed,
     rate_limited,
@@ -32,10 +30,12 @@ from tests.explainers.servers import (
     text,
     wrong_shape,
 )
-from tests.explainers.test_remote import (
+from tests.explainers.gemini_server import gemini_server
+from tests.explainers.remote_runs import (
     FINE,
     KEYS,
     SECRET,
+    both_explanations_for,
     explanation_for,
     query,
     refusal,
@@ -43,9 +43,6 @@ from tests.explainers.test_remote import (
     spent,
     subject_of,
 )
-
-store, _environment = test_remote.store, test_remote._environment
-make_config = test_remote.config
 
 # The most that a request can cost in the tests of the budget lies between these, at half price.
 PRICE = PriceConfig(input=10.0, output=1000.0)
@@ -59,11 +56,11 @@ def _quick(monkeypatch):
 
 
 @pytest.fixture
-def config(make_config):
+def config(config):
+    """The same for batches of both signs."""
+
     def make(server, **changes):
-        return make_config(
-            "gemini", server, **{"neurons": 6, "signs": ("max", "min"), "mode": "batch"} | changes
-        )
+        return config("gemini", server, **{"neurons": 6, "signs": ("max", "min"), "mode": "batch"} | changes)
 
     return make
 
@@ -379,11 +376,7 @@ def test_keys_that_the_service_echoes_are_taken_out(config, monkeypatch, tmp_pat
 
 
 def test_prompts_about_both_signs(config):
-    def both(prompt):
-        number = test_remote.number_of(prompt)
-        return f"Positive explanation: {number} max\nNegative explanation: {number} min"
-
-    with gemini_server(answers(both)) as server:
+    with gemini_server(answers(both_explanations_for)) as server:
         wanted = config(server, prompt=PromptConfig(few_shot="none", style="highlighted_both_signs"))
         explain(wanted)
     assert_all_explained(wanted)

@@ -17,7 +17,8 @@ from jaxplain.explainers.local import LocalModel
 from jaxplain.explainers.prompts import Message
 from jaxplain.explainers.puzzles import grade_puzzles, puzzles
 from jaxplain.explainers.replies import Reply
-from tests.explainers.servers import openai_server, text
+from tests.explainers.faults import text
+from tests.explainers.openai_server import openai_server
 
 MARK = re.compile(r"\{\{([^{}|]+)\|(\d+)\}\}")
 

@@ -1,0 +1,31 @@
+"""python -m jaxplain.finetune: train a simulator on a store and its explanations."""
+
+from collections.abc import Sequence
+
+from jaxplain.commands import add_flag, config_parser, parse_config, run
+from jaxplain.configs.finetuning import FinetuneConfig
+from jaxplain.simulators.finetuning import finetune
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, train, and say how well it went."""
+    parser = config_parser(FinetuneConfig, prog="python -m jaxplain.finetune")
+    add_flag(parser, "--overwrite", "Start anew, and lose the checkpoints that output holds.")
+    config, options = parse_config(parser, FinetuneConfig, arguments)
+    done = finetune(config, overwrite=options.overwrite)
+    dataset, held_out = done.dataset, done.evaluation
+    if dataset.too_long:
+        print(f"{dataset.too_long} explanations are longer than pairs.longest_prompt and were left out")
+    print(
+        f"{len(dataset.train):,} pairs over {dataset.neurons[0]:,} neurons trained on, "
+        f"{len(dataset.held_out):,} over {dataset.neurons[1]:,} neurons held out"
+    )
+    print(
+        f"held out, step {done.step}: cross-entropy {held_out.loss:.4f} (best constant prediction "
+        f"{held_out.constant_loss:.4f}), correlation {held_out.correlation:.3f}"
+    )
+    print(f"The simulator is {done.folder}; score with it: python -m jaxplain.score --config CONFIG")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,97 @@
+"""python -m jaxplain.score: how well explanations predict what neurons do."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxplain.commands import config_parser, parse_config, run
+from jaxplain.configs.scoring import ScoreConfig
+from jaxplain.errors import JaxplainError
+from jaxplain.scoring.html_report import write_report
+from jaxplain.scoring.report import Row, best_explanations, summarise
+from jaxplain.scoring.scoring import Scored, score
+from jaxplain.store.reader import open_store
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, score, and show the means."""
+    parser = config_parser(ScoreConfig, prog="python -m jaxplain.score")
+    config, _ = parse_config(parser, ScoreConfig, arguments)
+    scored = score(config)
+    rows = summarise(scored.explanations, config.bootstrap)
+    console = Console()
+    console.print(_table(rows, config))
+    for name, failed in scored.failures.items():
+        if failed:
+            console.print(
+                f"{name}: {failed} sequences have no simulation; run the same command again to ask anew"
+            )
+    if len(config.splits) > 1:
+        _say_best(scored, config, console)
+    folder = _report_folder(config)
+    report = write_report(folder, scored, rows, config)
+    console.print(f"Report: {report}", soft_wrap=True)
+
+
+def _table(rows: Sequence[Row], config: ScoreConfig) -> Table:
+    table = Table(title="mean correlation of simulated and real activations")
+    for name in ("split", "explained by", "simulator"):
+        table.add_column(name)
+    for name in (
+        "explanations",
+        "correlation",
+        f"{config.bootstrap.level:.0%} interval",
+        "top",
+        "random",
+        "without",
+    ):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row.split,
+            row.provider,
+            row.simulator,
+            f"{row.explanations:,}",
+            _number(row.correlation),
+            f"{_number(row.low)} to {_number(row.high)}",
+            _number(row.top),
+            _number(row.random),
+            f"{row.missing:,}",
+        )
+    return table
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def _say_best(scored: Scored, config: ScoreConfig, console: Console) -> None:
+    choose_on, report_on = config.splits[-2:]
+    found = best_explanations(scored.explanations, choose_on=choose_on, report_on=report_on)
+    for simulator in config.simulators:
+        values = [one.reported for one in found if one.simulator == simulator.name]
+        finite = [value for value in values if not math.isnan(value)]
+        if finite:
+            console.print(
+                f"best explanation per neuron and sign by {simulator.name}, chosen on {choose_on}: "
+                f"mean correlation {sum(finite) / len(finite):.3f} on {report_on} "
+                f"({len(finite)} neurons and signs)"
+            )
+
+
+def _report_folder(config: ScoreConfig) -> Path:
+    database = open_store(config.store).database_path(config.explanations)
+    assert database is not None  # what was scored
+    folder = database.parent / "reports" if config.output is None else Path(config.output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise JaxplainError(f"output is {str(folder)!r}, which cannot be made: {error.strerror}.") from error
+    return folder
+
+
+if __name__ == "__main__":
+    run(main)

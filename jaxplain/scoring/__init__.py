@@ -1,0 +1,1 @@
+"""How well simulated activations agree with real ones."""

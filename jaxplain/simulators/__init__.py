@@ -1,0 +1,1 @@
+"""Predicting a neuron's activations from its explanation alone."""

@@ -1,0 +1,177 @@
+"""Reading levels off a decoder's logits, for many prompts with several sequences each.
+
+A prompt is read once: each of its sequences goes on from its keys and values. What all prompts begin with
+is read once for all of them.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from jaxplain.errors import JaxplainError
+from jaxplain.subjects.decoder import Cache, Decoder
+
+# Widths come in multiples of these, so that few programs are compiled.
+_PROMPT_STEP, _SEQUENCE_STEP = 16, 32
+_BATCHES_AT_ONCE = 8  # read together, so that prompts of like length share a batch
+
+
+class Asked(NamedTuple):
+    """A prompt, and the sequences that follow it, one or more; `job` is whatever they are for."""
+
+    job: Any
+    prompt: list[int]
+    sequences: Sequence[Int[np.ndarray, "_"]]
+
+
+class LevelReader:
+    """Reads the probabilities of levels at every token of sequences after prompts.
+
+    `batch_size` is the number of sequences at once, over all devices; `shared` is what every prompt begins
+    with, and is not repeated in them.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        mesh: Mesh,
+        level_ids: Int[np.ndarray, "L"],
+        *,
+        batch_size: int,
+        shared: Sequence[int] = (),
+    ):
+        self._mesh, self._batch_size, self._limit = mesh, batch_size, decoder.arch.max_positions
+        self._graph, self._weights = nnx.split(decoder)
+        self._level_ids, self._offset = jnp.asarray(level_ids), len(shared)
+        self._shared = _read_shared(self._graph, self._weights, jnp.asarray([shared])) if shared else None
+
+    def read(self, asked: Iterator[Asked]) -> Iterator[tuple[Any, list[Float[np.ndarray, "_ L"]]]]:
+        """Jobs with the probabilities of the levels at every token of their sequences, float32.
+
+        Raises JaxplainError where a prompt and its sequence are longer than the model reads.
+        """
+        while chunk := _take(asked, self._batch_size * _BATCHES_AT_ONCE):
+            yield from self._read_chunk(chunk)
+
+    def _read_chunk(self, chunk: list[Asked]) -> Iterator[tuple[Any, list[Float[np.ndarray, "_ L"]]]]:
+        longest = max(len(one.prompt) + max(map(len, one.sequences)) for one in chunk) + self._offset
+        if longest > self._limit:
+            raise JaxplainError(
+                f"a prompt and its sequence have {longest} tokens, more than the {self._limit} that the "
+                "simulator reads; use shorter explanations or sequences."
+            )
+        data = self._mesh.shape["data"]
+        together = min(max(len(one.sequences) for one in chunk), self._batch_size)
+        prompts = max(self._batch_size // together // data, 1) * data
+        # A prompt with more sequences than fit comes again.
+        pieces = [
+            Asked((number, start), one.prompt, one.sequences[start : start + together])
+            for number, one in enumerate(chunk)
+            for start in range(0, len(one.sequences), together)
+        ]
+        pieces.sort(key=lambda piece: len(piece.prompt))
+        found: list[dict[int, list[np.ndarray]]] = [{} for _ in chunk]
+        for at in range(0, len(pieces), prompts):
+            batch = pieces[at : at + prompts]
+            for piece, values in zip(
+                batch, self._read_batch(batch, prompts=prompts, together=together), strict=True
+            ):
+                number, start = piece.job
+                found[number][start] = values
+        for one, parts in zip(chunk, found, strict=True):
+            yield one.job, [values for start in sorted(parts) for values in parts[start]]
+
+    def _read_batch(
+        self, rows: Sequence[Asked], *, prompts: int, together: int
+    ) -> list[list[Float[np.ndarray, "_ L"]]]:
+        filled = [*rows, *[rows[-1]] * (prompts - len(rows))]
+        width = _padded(max(len(row.prompt) for row in rows), _PROMPT_STEP)
+        length = _padded(max(len(sequence) for row in rows for sequence in row.sequences), _SEQUENCE_STEP)
+        tokens_EP, positions_EP = (
+            np.zeros((prompts, width), np.int32),
+            np.full((prompts, width), -1, np.int32),
+        )
+        tokens_EST = np.zeros((prompts, together, length), np.int32)
+        positions_EST = np.full((prompts, together, length), -1, np.int32)
+        for e, (_, prompt, sequences) in enumerate(filled):
+            tokens_EP[e, : len(prompt)] = prompt
+            positions_EP[e, : len(prompt)] = self._offset + np.arange(len(prompt))
+            for s, sequence in enumerate(sequences):
+                tokens_EST[e, s, : len(sequence)] = sequence
+                positions_EST[e, s, : len(sequence)] = self._offset + len(prompt) + np.arange(len(sequence))
+        placed = (
+            jax.device_put(array, NamedSharding(self._mesh, P("data")))
+            for array in (tokens_EP, positions_EP, tokens_EST, positions_EST)
+        )
+        probabilities_ESTL = np.asarray(
+            _probabilities(self._graph, self._weights, self._shared, *placed, self._level_ids)
+        )
+        return [
+            [probabilities_ESTL[e, s, : len(sequence)] for s, sequence in enumerate(sequences)]
+            for e, (_, _, sequences) in enumerate(rows)
+        ]
+
+
+def _take(asked: Iterator[Asked], sequences: int) -> list[Asked]:
+    """The next ones, with about that many sequences in all."""
+    taken: list[Asked] = []
+    for one in asked:
+        taken.append(one)
+        sequences -= len(one.sequences)
+        if sequences <= 0:
+            break
+    return taken
+
+
+def _padded(tokens: int, step: int) -> int:
+    return math.ceil(tokens / step) * step
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _read_shared(graph: nnx.GraphDef[Decoder], weights: nnx.State, tokens_1P: Int[Array, "1 P"]) -> Cache:
+    decoder = nnx.merge(graph, weights)
+    positions_1P = jnp.arange(tokens_1P.shape[1], dtype=jnp.int32)[None]
+    _, cache = decoder.extend(tokens_1P, positions_1P, decoder.empty_cache(1, tokens_1P.shape[1]))
+    return cache
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _probabilities(
+    graph: nnx.GraphDef[Decoder],
+    weights: nnx.State,
+    shared: Cache | None,
+    tokens_EP: Int[Array, "E P"],
+    positions_EP: Int[Array, "E P"],
+    tokens_EST: Int[Array, "E S T"],
+    positions_EST: Int[Array, "E S T"],
+    level_ids: Int[Array, "L"],
+) -> Float[Array, "E S T L"]:
+    decoder = nnx.merge(graph, weights)
+    prompts, together, length = tokens_EST.shape
+    _, read = decoder.extend(tokens_EP, positions_EP, decoder.empty_cache(*tokens_EP.shape), shared)
+
+    def for_each_sequence(array: Array, slots: int, fill: int = 0) -> Array:
+        """Rows repeated for a prompt's sequences, with room for the tokens of those on axis `slots`."""
+        widths = [(0, 0)] * array.ndim
+        widths[slots] = (0, length)
+        return jnp.repeat(jnp.pad(array, widths, constant_values=fill), together, axis=0)
+
+    cache = Cache(
+        tuple(for_each_sequence(keys, 3) for keys in read.keys),
+        tuple(for_each_sequence(values, 2) for values in read.values),
+        for_each_sequence(read.positions_BS, 1, -1),
+        read.used,
+    )
+    tokens_BT, positions_BT = (x.reshape((-1, length)) for x in (tokens_EST, positions_EST))
+    x_BTD, _ = decoder.extend(tokens_BT, positions_BT, cache, shared)
+    logits_BTL = decoder.unembed(x_BTD, level_ids).astype(jnp.float32)
+    return jax.nn.softmax(logits_BTL).reshape((prompts, together, length, -1))

@@ -1,0 +1,54 @@
+"""Fixtures of the tests of remote models; `config` also sees to their environment."""
+
+import ssl
+
+import pytest
+
+from jaxplain.configs.explanation import (
+    ChosenNeuronsConfig,
+    ExplainConfig,
+    ExplainerConfig,
+    PromptConfig,
+)
+from jaxplain.explainers import remote
+from tests.explainers.remote_runs import KEYS, write_neurons
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    return write_neurons(tmp_path_factory.mktemp("store") / "exemplars.zarr", 40)
+
+
+@pytest.fixture(params=["openai", "gemini"])
+def provider(request):
+    return request.param
+
+
+@pytest.fixture
+def remote_environment(monkeypatch, tmp_path):
+    """No keys, a cache of the test's own, and short waits."""
+    for name in KEYS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("JAXPLAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "_FIRST_WAIT", 0.002)
+    # Certificates, which take longer to read than all else here, serve no purpose over http.
+    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *_, **__: None)
+
+
+@pytest.fixture
+def config(store, tmp_path, remote_environment):
+    """A config for some neurons, to be changed by keywords of the explainer's block and of the whole."""
+
+    def make(provider, server, *, neurons=1, signs=("max",), output="out", **changes):
+        whole = {name: changes.pop(name) for name in ("prompt", "sampling", "store") if name in changes}
+        explainer = {"model": "m", "base_url": server and server.url, "timeout_seconds": 20.0, "retries": 2}
+        return ExplainConfig(
+            **{"store": str(store), "prompt": PromptConfig(few_shot="none")} | whole,
+            explainer=ExplainerConfig(provider=provider, **explainer | changes),
+            neurons=ChosenNeuronsConfig(indices=f"0:{neurons}"),
+            signs=list(signs),
+            output=str(tmp_path / output),
+            progress=False,
+        )
+
+    return make

@@ -1,0 +1,189 @@
+"""What is trained on and what is held out."""
+
+import itertools
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+import jaxplain
+from jaxplain.configs.finetuning import PairsConfig
+from jaxplain.configs.simulation import ReadoutConfig
+from jaxplain.errors import JaxplainError
+from jaxplain.simulators.levels import discretised, extreme_of
+from jaxplain.simulators.pairs import (
+    NOT_COUNTED,
+    Pairs,
+    evaluation_batches,
+    is_held_out,
+    make_dataset,
+    training_batches,
+)
+from jaxplain.simulators.readout import Readout
+from jaxplain.store.explanations import open_explanations
+from tests.workspace import LAYERS, NEURONS
+
+CONFIG = PairsConfig(top=3, random=3, held_out_neurons=0.3, held_out_documents=0.3)
+
+
+@pytest.fixture(scope="module")
+def split(explained):
+    return jaxplain.open_store(explained / "run")["train"]
+
+
+@pytest.fixture(scope="module")
+def readout(explained):
+    return Readout(ReadoutConfig(), AutoTokenizer.from_pretrained(explained / "model"))
+
+
+@pytest.fixture(scope="module")
+def explanations(explained):
+    with open_explanations(explained / "run" / "explanations.sqlite") as database:
+        return database.explanations()
+
+
+@pytest.fixture
+def dataset(split, readout, explanations):
+    def make(**fields):
+        config = PairsConfig(
+            **{"top": 3, "random": 3, "held_out_neurons": 0.3, "held_out_documents": 0.3} | fields
+        )
+        return make_dataset(explanations, split, config, readout, longest_row=256)
+
+    return make
+
+
+def rows_of(pairs):
+    return [pairs[number] for number in range(len(pairs))]
+
+
+def sequence_documents(split):
+    """Document by the tokens of a sequence."""
+    rows = split.sequences(np.arange(split.sequence_count))
+    return {
+        tuple(t for t in token if t >= 0): document
+        for token, document in zip(rows["token"].tolist(), rows["document"].tolist(), strict=True)
+    }
+
+
+def sequences_in(pairs, split):
+    """The documents of the sequences that a set shows."""
+    known = sequence_documents(split)
+    found = set()
+    for tokens, levels in rows_of(pairs):
+        stop = np.flatnonzero(levels >= 0)[-1] + 1
+        for length in range(stop, 0, -1):
+            for end in range(stop, len(tokens) + 1):
+                candidate = tuple(tokens[end - length : end].tolist())
+                if candidate in known:
+                    found.add(candidate)
+    return {known[one] for one in found}
+
+
+def test_neurons_and_documents_held_out_are_never_trained_on(dataset, split, readout, explanations):
+    made = dataset()
+    held = {(layer, n) for layer in LAYERS for n in range(NEURONS) if is_held_out(layer, n, CONFIG)}
+    assert 0 < len(held) < 24
+    assert made.neurons == (24 - len(held), len(held))
+    prompts = {
+        out: {tuple(readout.prompt(e.text)) for e in explanations if ((e.layer, e.index) in held) == out}
+        for out in (False, True)
+    }
+    for out, pairs in ((False, made.train), (True, made.held_out)):
+        for tokens, _ in rows_of(pairs):
+            assert any(tuple(tokens[: len(prompt)].tolist()) == prompt for prompt in prompts[out])
+    trained, kept = sequences_in(made.train, split), sequences_in(made.held_out, split)
+    assert trained
+    assert kept
+    assert not trained & kept
+
+
+def test_rows_are_prompt_sequence_and_its_levels(split, readout, explanations):
+    config = PairsConfig(top=1, random=0, held_out_neurons=0.3, held_out_documents=0.3)
+    made = make_dataset(explanations, split, config, readout, longest_row=256)
+    trained = sequences_in(made.train, split)
+    wanted = [e for e in explanations if not is_held_out(e.layer, e.index, config)]
+    for explanation, (tokens, levels) in zip(wanted, rows_of(made.train), strict=True):
+        neuron, sign = split.neuron(explanation.layer, explanation.index), explanation.sign
+        prompt = readout.prompt(explanation.text)
+        # The strongest but for those whose documents are held out.
+        exemplar = next(e for e in neuron.exemplars(sign) if e.document in trained)
+        row = [*prompt, *exemplar.tokens.tolist()]
+        assert tokens.tolist() == row + [0] * (len(tokens) - len(row))
+        expected = discretised(exemplar.activations, sign, extreme_of(neuron, sign)).tolist()
+        assert levels.tolist() == [-1] * len(prompt) + expected + [-1] * (len(levels) - len(row))
+        assert exemplar.rank > 0 or max(expected) == 10
+
+
+def test_signs_and_providers_are_chosen(dataset, explanations):
+    assert len(dataset(signs=["max"]).train) < len(dataset().train)
+    assert len(dataset(providers=["token_table"]).train) == len(dataset().train)
+    with pytest.raises(JaxplainError, match="there are no explanations of these"):
+        dataset(providers=["gemini"])
+
+
+def test_explanations_that_are_too_long_are_counted(dataset, readout, explanations):
+    lengths = sorted(len(readout.prompt(e.text)) for e in explanations)
+    limit = lengths[len(lengths) // 2]
+    assert dataset(longest_prompt=limit).too_long == sum(length > limit for length in lengths)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"held_out_neurons": 0.001}, "no pair of explanation and sequence is held out"),
+        ({"held_out_neurons": 0.999}, "no pair of explanation and sequence is to train on"),
+        ({"longest_prompt": 2}, "no pair of explanation and sequence is to train on"),
+    ],
+)
+def test_empty_sets_are_refused(dataset, fields, said):
+    with pytest.raises(JaxplainError, match=said):
+        dataset(**fields)
+
+
+def test_rows_longer_than_the_model_reads_are_refused(split, readout, explanations):
+    with pytest.raises(JaxplainError, match="more than the 20 that the model reads"):
+        make_dataset(explanations, split, CONFIG, readout, longest_row=20)
+
+
+def numbered(count):
+    pairs = Pairs(3)
+    pairs.add([7], [(np.array([n]), np.array([n % 11])) for n in range(count)])
+    return pairs
+
+
+def test_every_epoch_has_every_row_once_in_an_order_of_its_own():
+    batches = itertools.islice(training_batches(numbered(12), batch_size=4, seed=3, start=0), 6)
+    seen = [batch.tokens_BT[:, 1].tolist() for batch in batches]
+    first, second = (list(itertools.chain(*part)) for part in (seen[:3], seen[3:]))
+    assert sorted(first) == sorted(second) == list(range(12))
+    assert first != second != list(range(12))
+
+
+def test_batches_go_on_from_any_number():
+    whole = list(itertools.islice(training_batches(numbered(10), batch_size=4, seed=3, start=0), 9))
+    rest = list(itertools.islice(training_batches(numbered(10), batch_size=4, seed=3, start=5), 4))
+    for batch, again in zip(whole[5:], rest, strict=True):
+        np.testing.assert_array_equal(batch.tokens_BT, again.tokens_BT)
+        np.testing.assert_array_equal(batch.levels_BT, again.levels_BT)
+    other = next(training_batches(numbered(10), batch_size=4, seed=4, start=0))
+    assert (other.tokens_BT != whole[0].tokens_BT).any()
+
+
+def test_evaluation_takes_every_row_once_and_fills_up_with_nothing():
+    batches = list(evaluation_batches(numbered(6), batch_size=4, most=6, seed=0))
+    assert [batch.tokens_BT.shape for batch in batches] == [(4, 3)] * 2
+    tokens = np.concatenate([batch.tokens_BT for batch in batches])
+    levels = np.concatenate([batch.levels_BT for batch in batches])
+    assert tokens[:6, 1].tolist() == list(range(6))
+    assert (levels[6:] == NOT_COUNTED).all()
+
+
+def test_evaluation_may_take_a_draw_of_the_rows():
+    def draw(seed):
+        (batch,) = evaluation_batches(numbered(40), batch_size=8, most=8, seed=seed)
+        return batch.tokens_BT[:, 1].tolist()
+
+    assert draw(0) == draw(0) == sorted(set(draw(0)))
+    assert draw(0) != draw(1)
+    assert draw(0)[-1] >= 8
