@@ -4,16 +4,20 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from jaxplain.commands import config_parser, parse_config, run
-from jaxplain.configs.scoring import ScoreConfig
+from jaxplain.configs.scoring import JudgeConfig, ScoreConfig
 from jaxplain.errors import JaxplainError
 from jaxplain.scoring.html_report import write_report
+from jaxplain.scoring.judged import HEADLINE as JUDGED_HEADLINE
 from jaxplain.scoring.report import Row, best_explanations, summarise
 from jaxplain.scoring.scoring import Scored, score
 from jaxplain.store.reader import open_store
+
+_FILE_WIDTH = 110  # columns, where the output is no terminal
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -23,21 +27,25 @@ def main(arguments: Sequence[str]) -> None:
     scored = score(config)
     rows = summarise(scored.explanations, config.bootstrap)
     console = Console()
-    console.print(_table(rows, config))
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    if rows:
+        console.print(_table(rows, config))
+    for judge in config.judges:
+        _say_judged(scored, judge, console)
     for name, failed in scored.failures.items():
         if failed:
-            console.print(
-                f"{name}: {failed} sequences have no simulation; run the same command again to ask anew"
-            )
+            console.print(f"{name}: {failed} questions without an answer; the same command asks them again")
     if len(config.splits) > 1:
         _say_best(scored, config, console)
     folder = _report_folder(config)
-    report = write_report(folder, scored, rows, config)
-    console.print(f"Report: {report}", soft_wrap=True)
+    if rows:
+        report = write_report(folder, scored, rows, config)
+        console.print(f"Report: {report}", soft_wrap=True)
 
 
 def _table(rows: Sequence[Row], config: ScoreConfig) -> Table:
-    table = Table(title="mean correlation of simulated and real activations")
+    table = Table(title="mean correlation of simulated and real activations", box=SIMPLE)
     for name in ("split", "explained by", "simulator"):
         table.add_column(name)
     for name in (
@@ -66,6 +74,17 @@ def _table(rows: Sequence[Row], config: ScoreConfig) -> Table:
 
 def _number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def _say_judged(scored: Scored, judge: JudgeConfig, console: Console) -> None:
+    metric = f"{judge.test}_{JUDGED_HEADLINE}"
+    values = [s.value for s in scored.judged if (s.simulator, s.metric) == (judge.name, metric)]
+    finite = [value for value in values if not math.isnan(value)]
+    mean = sum(finite) / len(finite) if finite else math.nan
+    console.print(
+        f"{judge.test} by {judge.name}: mean balanced accuracy {_number(mean)} over {len(finite)} of "
+        f"{len(values)} explanations (chance is 0.5)"
+    )
 
 
 def _say_best(scored: Scored, config: ScoreConfig, console: Console) -> None:

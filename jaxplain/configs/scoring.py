@@ -86,6 +86,51 @@ class SimulatorConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """A language model that says on which excerpts a neuron fires, given its explanation.
+
+    Args:
+        name: What it is called in tables and in the database.
+        test: detection shows excerpts on which the neuron fires, and others; fuzzing shows tokens
+            highlighted, rightly or wrongly (both as EleutherAI's delphi has them).
+        model: The provider, as in `explainer` of a config for jaxplain.explain.
+        sampling: How its replies are drawn.
+        firing: Excerpts on which the neuron fires, the strongest ones, at most.
+        silent: Random excerpts on which it does not, at most.
+        threshold: The neuron fires where its activation is at least this share of its extreme.
+        tokens: Tokens of an excerpt that are shown.
+        at_once: Excerpts in one request.
+    """
+
+    name: str
+    test: Literal["detection", "fuzzing"]
+    model: ExplainerConfig
+    sampling: SamplingConfig = SamplingConfig(temperature=0.0, max_tokens=200)
+    firing: int = 10
+    silent: int = 10
+    threshold: float = 0.3
+    tokens: int = 32
+    at_once: int = 5
+
+    def __post_init__(self) -> None:
+        require(bool(self.name.strip()), "judges.name", self.name, "give each judge a name")
+        require(
+            self.model.provider != "token_table",
+            "judges.model.provider",
+            self.model.provider,
+            "a judge needs a language model",
+        )
+        for field in ("firing", "silent", "tokens", "at_once"):
+            require(getattr(self, field) >= 1, f"judges.{field}", getattr(self, field), "give 1 or more")
+        require(
+            0 < self.threshold < 1,
+            "judges.threshold",
+            self.threshold,
+            "give a share between 0 and 1",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CalibrationConfig:
     """How expected levels become activations. Correlations do not depend on `none` and `linear`.
 
@@ -145,6 +190,7 @@ class ScoreConfig:
     Args:
         store: The run's folder, or the store's path or URL.
         simulators: What predicts activations; every explanation is scored with each.
+        judges: Language models that score explanations in another way; every explanation by each.
         explanations: Folder of explanations.sqlite, or the file, if not beside the store.
         train: The split that explanations were made from; token tables and extremes are from there.
         splits: Which splits' sequences to score on; the last is the one that best explanations are
@@ -164,7 +210,8 @@ class ScoreConfig:
     """
 
     store: str
-    simulators: list[SimulatorConfig]
+    simulators: list[SimulatorConfig] = dataclasses.field(default_factory=list)
+    judges: list[JudgeConfig] = dataclasses.field(default_factory=list)
     explanations: str | None = None
     train: str = "train"
     splits: list[str] = dataclasses.field(default_factory=lambda: ["valid"])
@@ -195,12 +242,12 @@ class ScoreConfig:
             self.splits,
             f"leave out {self.train}, which was explained",
         )
-        names = [simulator.name for simulator in self.simulators]
+        names = [one.name for one in (*self.simulators, *self.judges)]
         require(
             bool(names) and len(set(names)) == len(names),
             "simulators",
             names,
-            "list one or more, with different names",
+            "list one or more, or judges, with different names",
         )
         for field in ("top", "random", "strips"):
             require(getattr(self, field) >= 0, field, getattr(self, field), "give 0 or more")

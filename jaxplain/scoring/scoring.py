@@ -18,6 +18,7 @@ from jaxplain.explainers.choosing import choose_neurons
 from jaxplain.progress import Progress, progress_bars
 from jaxplain.scoring.bootstrap import document_weights, interval
 from jaxplain.scoring.calibration import Calibration, fit_calibration
+from jaxplain.scoring.judged import judge_explanations
 from jaxplain.scoring.metrics import (
     METRICS,
     Measured,
@@ -72,12 +73,14 @@ class Scored:
 
     Attributes:
         explanations: Scores, by explanation, simulator and split.
-        failures: How many sequences have no simulation, by simulator.
+        failures: How many sequences have no simulation, by simulator, and questions no verdict, by judge.
+        judged: Scores by judges.
         strips: Some sequences with their real and simulated activations.
     """
 
     explanations: list[ScoredExplanation]
     failures: dict[str, int]
+    judged: list[Score]
     strips: list[Strip]
 
 
@@ -136,12 +139,21 @@ class _Run:
                         failures[name] += failed
                         self._scores.add_scores(number, scored.scores, top=config.top, random=config.random)
                     bar.update()
-        shown = explanations[:: max(1, len(explanations) // max(config.strips, 1))][: config.strips]
+        # Without simulators there is nothing to compare.
+        shown = explanations[:: max(1, len(explanations) // max(config.strips, 1))][
+            : config.strips if numbers else 0
+        ]
         strips = [self._strip(explanation, numbers) for explanation in shown]
         if not config.keep_simulations:
             for number in numbers.values():
                 self._scores.forget_simulations(number, [explanation.id for explanation in explanations])
-        return Scored(explanations=found, failures=failures, strips=strips)
+        judged: list[Score] = []
+        for judge in config.judges:
+            scores, failures[judge.name] = judge_explanations(
+                config, judge, explanations, self._store, self._database, self._progress
+            )
+            judged += scores
+        return Scored(explanations=found, failures=failures, judged=judged, strips=strips)
 
     def _explanations(self) -> list[Explanation]:
         config = self._config

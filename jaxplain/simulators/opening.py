@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any
 
 import jaxplain
+from jaxplain.configs.explanation import ExplainerConfig, SamplingConfig
 from jaxplain.configs.scoring import SimulatorConfig
 from jaxplain.simulators.simulation import Simulator
 from jaxplain.store.explanations import ExplanationDatabase
@@ -67,6 +68,13 @@ def simulator_identity(config: SimulatorConfig) -> dict[str, Any]:
             asked = "readout" if config.kind == "finetuned" else "prompted"
             identity[asked] = whole[asked]
         case "logprob_free":
-            remote = {k: v for k, v in whole["remote"].items() if k not in _NOT_IDENTITY}
-            identity |= {"remote": remote, "sampling": whole["sampling"]}
+            assert config.remote is not None
+            identity |= remote_identity(config.remote, config.sampling)
     return identity
+
+
+def remote_identity(config: ExplainerConfig, sampling: SamplingConfig) -> dict[str, Any]:
+    """What decides the replies of a model."""
+    model = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_IDENTITY}
+    model["local"] = {k: v for k, v in model["local"].items() if k not in ("batch_size", "mesh")}
+    return {"model": model, "sampling": dataclasses.asdict(sampling)}

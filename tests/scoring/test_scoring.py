@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import json
+import re
 import sqlite3
 
 import numpy as np
@@ -22,6 +24,9 @@ from jaxplain.simulators.pairs import is_held_out
 from jaxplain.store.explanations import Explanation, open_explanations
 from jaxplain.store.scores import Score
 from tests import workspace
+from tests.explainers.faults import answers
+from tests.explainers.openai_server import openai_server
+from tests.simulators.test_logprob_free import right_answer
 
 TABLE = {"name": "table", "kind": "token_table"}
 METRICS = {
@@ -293,3 +298,75 @@ def test_rows_are_means_by_provider_and_over_all():
     assert rows["all"].correlation == pytest.approx(0.5)
     assert (rows["all"].explanations, rows["all"].neurons) == (4, 3)
     assert dataclasses.asdict(rows["openai"])["top"] != dataclasses.asdict(rows["openai"])["top"]
+
+
+def judge_of(server, test="detection"):
+    model = {"provider": "openai", "model": "m", "base_url": server.url, "retries": 0}
+    return {"name": "judge", "test": test, "model": model, "firing": 3, "silent": 2, "threshold": 0.5}
+
+
+def questions_in(prompt):
+    return re.findall(r"^Excerpt \d+: (.*)$", prompt, re.MULTILINE)
+
+
+@pytest.mark.parametrize("test", ["detection", "fuzzing"])
+def test_judges_score_too(run, test, explained, capsys, tmp_path, monkeypatch):
+    """A judge that always says yes is right about every true question, and about no other."""
+    monkeypatch.setenv("JAXPLAIN_CACHE", str(tmp_path / "cache"))
+
+    def yes(prompt):
+        return json.dumps({"verdicts": [1] * len(questions_in(prompt))})
+
+    with openai_server(answers(yes)) as server:
+        folder = run(simulators=[], judges=[judge_of(server, test)])
+        asked = len(server.requests)
+        run(simulators=[], judges=[judge_of(server, test)])
+        assert len(server.requests) == asked  # the second run's replies come from the cache
+    found = {row["metric"]: row for row in table(folder, "scores") if row["value"] is not None}
+    assert found[f"{test}_balanced_accuracy"]["value"] == 0.5
+    assert found[f"{test}_recall"]["value"] == 1.0
+    assert found[f"{test}_true_negative_rate"]["value"] == 0.0
+    assert f"{test} by judge: mean balanced accuracy 0.500" in capsys.readouterr().out
+    assert {s.metric for s in neuron_of(explained).scores(folder)} >= {f"{test}_precision"}
+
+
+def test_what_a_judge_does_not_answer_is_no_score(run, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXPLAIN_CACHE", str(tmp_path / "cache"))
+    with openai_server(answers(lambda _: "yes, all of them")) as server:
+        folder = run(simulators=[], judges=[judge_of(server)])
+        questions = sum(len(questions_in(request.prompt)) for request in server.requests)
+    assert {row["value"] for row in table(folder, "scores")} == {None}
+    assert all(row["reason"] for row in table(folder, "scores"))
+    assert f"judge: {questions} questions without an answer" in capsys.readouterr().out
+
+
+def test_a_model_that_writes_json_simulates_too(run, tmp_path, monkeypatch, capsys):
+    """Every third reply is out of step: those sequences are missing, and asked again by the next run."""
+    monkeypatch.setenv("JAXPLAIN_CACHE", str(tmp_path / "cache"))
+    replies = []
+
+    def reply(prompt):
+        replies.append(prompt)
+        return right_answer(prompt) if len(replies) % 3 else '{"activations": []}'
+
+    def simulator_of(server):
+        remote = {
+            "provider": "openai",
+            "model": "m",
+            "base_url": server.url,
+            "concurrency": 1,
+            "cache": False,
+        }
+        return {"name": "json", "kind": "logprob_free", "remote": remote}
+
+    with openai_server(answers(reply)) as server:
+        folder = run(simulators=[simulator_of(server)], neurons={"layers": [2], "indices": [3]})
+        kept = table(folder, "simulations")
+        assert len(kept) == len(replies) == 14
+        failed = [row for row in kept if row["expected"] is None]
+        assert len(failed) == 4
+        assert {row["reply"] for row in failed} == {'{"activations": []}'}
+        assert "json: 4 questions without an answer" in capsys.readouterr().out
+        run(simulators=[simulator_of(server)], neurons={"layers": [2], "indices": [3]})
+        assert len(replies) == 18
+    assert sum(row["expected"] is None for row in table(folder, "simulations")) < 4
