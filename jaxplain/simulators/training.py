@@ -95,6 +95,7 @@ class Trainer:
         )
         self._step = jax.jit(self._take_step, donate_argnums=0)
         self._sums = jax.jit(self._evaluation_sums)
+        self._assemble = jax.jit(self._assembled, static_argnums=2)
 
     def _sharded(self, parameters: Parameters) -> Parameters:
         return {
@@ -133,7 +134,8 @@ class Trainer:
 
     def decoder(self, state: TrainState) -> Decoder:
         """The model as it is now, in float32."""
-        return decoder_of(self._graph, self._assembled(state.trained, self._frozen, jnp.dtype("float32")))
+        assembled = self._assemble(state.trained, self._frozen, jnp.dtype("float32"))
+        return decoder_of(self._graph, assembled)
 
     def _placed(self, x_BT: np.ndarray, pieces: int) -> Array:
         shaped = x_BT.reshape((pieces, -1, x_BT.shape[-1]))

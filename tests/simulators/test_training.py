@@ -70,7 +70,7 @@ def by_hand(decoder, batch):
     return -np.mean([log_probabilities[b, t, batch.levels_BT[b, t]] for b, t in places])
 
 
-@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("parts", ["full", "lora"])
 def test_every_mesh_gives_one_loss_curve(folders, parts):
     curves = [run(trainer(folders["untied"], *mesh, parts=parts))[0] for mesh in [(8, 1), (2, 4), (1, 8)]]
     assert curves[0][-1] < curves[0][0]
