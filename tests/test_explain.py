@@ -168,7 +168,8 @@ def test_local_model_explains_on_the_mesh(explain, workspace):
 
 def test_samples_keep_everything_to_audit_them(explain, tmp_path):
     with openai_server(lambda request, number: text("Explanation: odd words", input_tokens=70)) as server:
-        (first, *_) = explain(*remote(server), "--neurons.layers", "[0]")
+        arguments = ("--neurons.layers", "[0]", "--explainer.concurrency", "1")
+        (first, *_) = explain(*remote(server), *arguments)
         sent = server.requests[0].body["messages"]
     connection = sqlite3.connect(tmp_path / "explanations.sqlite")
     numbers = json.loads(first["messages"])

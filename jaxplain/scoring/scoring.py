@@ -100,7 +100,7 @@ class _Run:
     def __init__(self, config: ScoreConfig):
         self._config = config
         self._store = open_store(config.store)
-        for split in self._splits():
+        for split in (config.train, *self._splits()):
             self._store[split]  # says so where there is none
         self._stack = contextlib.ExitStack()
         self._progress: Progress = progress_bars(enabled=config.progress)
