@@ -236,8 +236,8 @@ def test_only_held_out_neurons(run, simulator, tmp_path):
         ({"neurons": {"layers": [1]}}, "neurons.layers names layer 1"),
         ({"providers": ["gemini"]}, "there are no explanations of the chosen neurons"),
         ({"calibration": {"method": "linear", "split": "valid"}}, "calibrate on a split that is not scored"),
-        ({"simulators": []}, "list one or more, with different names"),
-        ({"simulators": [TABLE, TABLE]}, "list one or more, with different names"),
+        ({"simulators": []}, "list one or more, or judges, with different names"),
+        ({"simulators": [TABLE, TABLE]}, "list one or more, or judges, with different names"),
         ({"simulators": [{"name": "x", "kind": "finetuned"}]}, "finetuned and prompted simulators need one"),
         ({"simulators": [{"name": "x", "kind": "logprob_free"}]}, "kind logprob_free needs it"),
         (
