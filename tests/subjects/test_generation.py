@@ -401,7 +401,7 @@ def test_packaged_smollm2_answers_a_chat_like_live_torch():
             Message(role="user", content="What is the capital of France, and which river runs through it?"),
         ],
     ]
-    prompts = [model.tokens(chat) for chat in chats]
+    prompts = [model.chat.tokens(chat) for chat in chats]
     expected = reference.torch_greedy(packaged_folder(name), prompts, reference.GREEDY_TOKENS)
     subject = open_subject(SubjectConfig(id=name))
     generator = Generator(subject.load(make_mesh(), with_head=True), make_mesh(), batch_size=2)
