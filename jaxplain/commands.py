@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import importlib.util
 import os
 import re
 import sys
@@ -48,6 +49,15 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         print("interrupted", file=sys.stderr, flush=True)
         # Not sys.exit: taking threads of XLA and Grain down in the middle of their work can crash.
         os._exit(EXIT_INTERRUPTED)
+
+
+def require_plots() -> None:
+    """Raise JaxplainError where the packages that draw and log are missing; asked before any work is done."""
+    for package in ("matplotlib", "tensorboardX"):
+        if importlib.util.find_spec(package) is None:
+            raise JaxplainError(
+                f"this command needs the package {package}; install it with pip install 'jaxplain[plots]'."
+            )
 
 
 def config_parser(config_class: type, *, prog: str) -> ArgumentParser:

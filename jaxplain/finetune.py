@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from jaxplain.commands import add_flag, config_parser, parse_config, run
+from jaxplain.commands import add_flag, config_parser, parse_config, require_plots, run
 from jaxplain.configs.finetuning import FinetuneConfig
 from jaxplain.simulators.finetuning import finetune
 
@@ -12,6 +12,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = config_parser(FinetuneConfig, prog="python -m jaxplain.finetune")
     add_flag(parser, "--overwrite", "Start anew, and lose the checkpoints that output holds.")
     config, options = parse_config(parser, FinetuneConfig, arguments)
+    require_plots()
     done = finetune(config, overwrite=options.overwrite)
     dataset, held_out = done.dataset, done.evaluation
     if dataset.too_long:

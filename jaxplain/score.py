@@ -8,7 +8,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from jaxplain.commands import config_parser, parse_config, run
+from jaxplain.commands import config_parser, parse_config, require_plots, run
 from jaxplain.configs.scoring import JudgeConfig, ScoreConfig
 from jaxplain.errors import JaxplainError
 from jaxplain.scoring.html_report import write_report
@@ -24,6 +24,7 @@ def main(arguments: Sequence[str]) -> None:
     """Parse, score, and show the means."""
     parser = config_parser(ScoreConfig, prog="python -m jaxplain.score")
     config, _ = parse_config(parser, ScoreConfig, arguments)
+    require_plots()
     scored = score(config)
     rows = summarise(scored.explanations, config.bootstrap)
     console = Console()

@@ -74,8 +74,9 @@ def finetune(config: FinetuneConfig, *, overwrite: bool = False) -> Finetuned:
     decoder = subject.load(mesh, with_head=True)
     names = readout_config.remapped
     ids = {_id(subject, new): _id(subject, old) for old, new in names.items()}
-    if ids:
-        rows = max(subject.arch.vocabulary, max(ids) + 1)
+    added = [_id(subject, name) for name in readout_config.added_tokens]
+    if added:
+        rows = max(subject.arch.vocabulary, max(added) + 1)
         decoder = grow_vocabulary(decoder, rows, like=ids)
     trainer = Trainer(decoder, config.training, readout.level_ids, mesh)
     del decoder

@@ -154,6 +154,23 @@ def test_training_stops_when_the_held_out_loss_no_longer_falls(finetune):
     assert json.loads((output / "model" / "simulator.json").read_text())["step"] == best
 
 
+@pytest.mark.parametrize("package", ["matplotlib", "tensorboardX"])
+def test_missing_packages_are_named_before_any_work(finetune, tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(JaxplainError, match=rf"needs the package {package}; .* 'jaxplain\[plots\]'"):
+        finetune()
+    assert not (tmp_path / "sim").exists()
+
+
+def test_added_tokens_that_stand_for_nothing_get_rows_too(finetune):
+    names = [f"<|new {number}|>" for number in range(20)]  # more than the model has rows to spare
+    output = finetune("--readout.added_tokens", json.dumps(names), steps=1)
+    tokenizer = AutoTokenizer.from_pretrained(output / "model")
+    rows = json.loads((output / "model" / "config.json").read_text())["vocab_size"]
+    assert tokenizer.convert_tokens_to_ids(names[-1]) == len(tokenizer) - 1 == rows - 1
+    assert rows > workspace.MODEL["vocab_size"]
+
+
 def test_special_tokens_may_be_remapped(finetune, explained):
     output = finetune("--readout.special_tokens", "remap", parts="last_layers", last_layers=1)
     about = json.loads((output / "model" / "simulator.json").read_text())
