@@ -75,7 +75,7 @@ class TrainingConfig:
 
     Args:
         steps: Optimiser steps, at most.
-        batch_size: Sequences per optimiser step.
+        batch_size: Explanations per optimiser step, each with its `pairs.top` and `pairs.random` sequences.
         accumulate: Pieces that a batch is cut into, one after the other, to save memory.
         learning_rate: At its highest, after `warmup`; it falls to a tenth along a cosine.
         warmup: Steps until then.
@@ -83,19 +83,22 @@ class TrainingConfig:
         clip: The gradient's norm, at most.
         parts: What is trained: everything (full), the last `last_layers` layers, or low-rank updates
             of all layers (lora). The readout's rows of the unembedding are trained in any case.
+        reset_readout: Start with the readout's rows at zero, so that they are fitted before anything
+            else moves (Kumar et al., 2022); false goes on from a model that is a simulator already.
+        readout_rate: The learning rate of the readout's rows, as a multiple of `learning_rate`.
         last_layers: For `parts: last_layers`.
         lora: For `parts: lora`.
         compute_dtype: Of the arithmetic; weights and optimiser stay float32.
         remat: Compute the layers' activations again in the backward pass instead of keeping them.
         evaluate_every: Steps between evaluations on what is held out.
-        evaluate_on: Pairs held out to evaluate on, drawn once; all where there are no more.
+        evaluate_on: Explanations held out to evaluate on, drawn once; all where there are no more.
         patience: Evaluations without a lower held-out loss after which to stop; 0 never does.
         checkpoint_every: Steps between checkpoints.
         log_every: Steps between lines in metrics.jsonl.
     """
 
     steps: int = 1000
-    batch_size: int = 32
+    batch_size: int = 8
     accumulate: int = 1
     learning_rate: float = 1e-4
     warmup: int = 50
@@ -103,11 +106,13 @@ class TrainingConfig:
     clip: float = 1.0
     parts: Literal["full", "last_layers", "lora"] = "full"
     last_layers: int = 8
+    reset_readout: bool = True
+    readout_rate: float = 10.0
     lora: LoraConfig = LoraConfig()
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: bool = True
     evaluate_every: int = 100
-    evaluate_on: int = 1000
+    evaluate_on: int = 200
     patience: int = 5
     checkpoint_every: int = 100
     log_every: int = 10
@@ -124,7 +129,7 @@ class TrainingConfig:
             "log_every",
         ):
             require(getattr(self, field) >= 1, f"training.{field}", getattr(self, field), "give 1 or more")
-        for field in ("learning_rate", "clip"):
+        for field in ("learning_rate", "readout_rate", "clip"):
             value = getattr(self, field)
             require(math.isfinite(value) and value > 0, f"training.{field}", value, "give a positive number")
         for field in ("warmup", "weight_decay", "patience"):
@@ -145,6 +150,8 @@ class FinetuneConfig:
         store: The run's folder, or the store's path or URL.
         model: What to start from: the subject itself, or a model with the same tokenizer.
         output: Folder for the simulator, its checkpoints, metrics and model card.
+        depth: Keep the model's first layers alone, that many; all where null. What tells that a token is one
+            of which the explanation speaks is plainest halfway up, and a shallow simulator is faster.
         explanations: Folder of explanations.sqlite, or the file, if not beside the store.
         split: Which split's exemplars to learn from.
         pairs: Which explanations and sequences to learn from.
@@ -157,6 +164,7 @@ class FinetuneConfig:
     store: str
     model: SubjectConfig
     output: str
+    depth: int | None = None
     explanations: str | None = None
     split: str = "train"
     pairs: PairsConfig = PairsConfig()
@@ -166,6 +174,7 @@ class FinetuneConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        require(self.depth is None or self.depth >= 1, "depth", self.depth, "give 1 or more, or null")
         require(bool(self.output), "output", self.output, "name a folder for the simulator")
         require(
             self.model.dtype == "float32",

@@ -264,7 +264,10 @@ class _Run:
         config = self._config
         target = self._target_of(explanation, split)
         levels_N, failed = self._predicted(explanation, number, split)
-        predicted_N = self._calibration(explanation, number)(levels_N)
+        try:
+            predicted_N, unfit = self._calibration(explanation, number)(levels_N), None
+        except JaxplainError as error:  # an explanation whose simulations all failed
+            predicted_N, unfit = np.full(len(levels_N), np.nan), str(error)
         make = functools.partial(
             Score,
             explanation=explanation.id,
@@ -315,7 +318,7 @@ class _Run:
                         sequences=sequences,
                         metric=metric,
                         value=one.value,
-                        reason=one.reason,
+                        reason=unfit or one.reason,
                         low=low,
                         high=high,
                     )

@@ -26,7 +26,7 @@ from jaxplain.simulators.records import CURVES_NAME, METRICS_NAME, TENSORBOARD_N
 from jaxplain.simulators.training import Evaluation, Trainer, TrainState
 from jaxplain.store.explanations import open_explanations
 from jaxplain.store.reader import Split, Store, open_store
-from jaxplain.subjects.growing import grow_vocabulary
+from jaxplain.subjects.resizing import as_whole_model, grow_vocabulary
 from jaxplain.subjects.saving import save_decoder
 from jaxplain.subjects.subject import Subject, open_subject
 from jaxplain.subjects.tokenizers import remapped_special_tokens, with_added_tokens
@@ -71,7 +71,9 @@ def finetune(config: FinetuneConfig, *, overwrite: bool = False) -> Finetuned:
         batch_size=config.training.batch_size // config.training.accumulate,
         mlp_width=subject.arch.neurons,
     )
-    decoder = subject.load(mesh, with_head=True)
+    if (config.depth or 0) > subject.arch.layers:
+        raise JaxplainError(f"depth is {config.depth}, but the model has {subject.arch.layers} layers.")
+    decoder = as_whole_model(subject.load(mesh, depth=config.depth, with_head=True))
     names = readout_config.remapped
     ids = {_id(subject, new): _id(subject, old) for old, new in names.items()}
     added = [_id(subject, name) for name in readout_config.added_tokens]

@@ -1,7 +1,6 @@
 """Reading levels off a decoder's logits, for many prompts with several sequences each.
 
-A prompt is read once: each of its sequences goes on from its keys and values. What all prompts begin with
-is read once for all of them.
+A prompt is read once for all its sequences, and what all prompts begin with once for all of them.
 """
 
 import functools
@@ -18,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxplain.errors import JaxplainError
+from jaxplain.simulators.reading import NO_TOKEN, read_sequences
 from jaxplain.subjects.decoder import Cache, Decoder
 
 # Widths come in multiples of these, so that few programs are compiled.
@@ -96,21 +96,14 @@ class LevelReader:
         filled = [*rows, *[rows[-1]] * (prompts - len(rows))]
         width = _padded(max(len(row.prompt) for row in rows), _PROMPT_STEP)
         length = _padded(max(len(sequence) for row in rows for sequence in row.sequences), _SEQUENCE_STEP)
-        tokens_EP, positions_EP = (
-            np.zeros((prompts, width), np.int32),
-            np.full((prompts, width), -1, np.int32),
-        )
-        tokens_EST = np.zeros((prompts, together, length), np.int32)
-        positions_EST = np.full((prompts, together, length), -1, np.int32)
+        prompts_EP = np.full((prompts, width), NO_TOKEN, np.int32)
+        tokens_EST = np.full((prompts, together, length), NO_TOKEN, np.int32)
         for e, (_, prompt, sequences) in enumerate(filled):
-            tokens_EP[e, : len(prompt)] = prompt
-            positions_EP[e, : len(prompt)] = self._offset + np.arange(len(prompt))
+            prompts_EP[e, : len(prompt)] = prompt
             for s, sequence in enumerate(sequences):
                 tokens_EST[e, s, : len(sequence)] = sequence
-                positions_EST[e, s, : len(sequence)] = self._offset + len(prompt) + np.arange(len(sequence))
         placed = (
-            jax.device_put(array, NamedSharding(self._mesh, P("data")))
-            for array in (tokens_EP, positions_EP, tokens_EST, positions_EST)
+            jax.device_put(array, NamedSharding(self._mesh, P("data"))) for array in (prompts_EP, tokens_EST)
         )
         probabilities_ESTL = np.asarray(
             _probabilities(self._graph, self._weights, self._shared, *placed, self._level_ids)
@@ -149,29 +142,10 @@ def _probabilities(
     graph: nnx.GraphDef[Decoder],
     weights: nnx.State,
     shared: Cache | None,
-    tokens_EP: Int[Array, "E P"],
-    positions_EP: Int[Array, "E P"],
+    prompts_EP: Int[Array, "E P"],
     tokens_EST: Int[Array, "E S T"],
-    positions_EST: Int[Array, "E S T"],
     level_ids: Int[Array, "L"],
 ) -> Float[Array, "E S T L"]:
     decoder = nnx.merge(graph, weights)
-    prompts, together, length = tokens_EST.shape
-    _, read = decoder.extend(tokens_EP, positions_EP, decoder.empty_cache(*tokens_EP.shape), shared)
-
-    def for_each_sequence(array: Array, slots: int, fill: int = 0) -> Array:
-        """Rows repeated for a prompt's sequences, with room for the tokens of those on axis `slots`."""
-        widths = [(0, 0)] * array.ndim
-        widths[slots] = (0, length)
-        return jnp.repeat(jnp.pad(array, widths, constant_values=fill), together, axis=0)
-
-    cache = Cache(
-        tuple(for_each_sequence(keys, 3) for keys in read.keys),
-        tuple(for_each_sequence(values, 2) for values in read.values),
-        for_each_sequence(read.positions_BS, 1, -1),
-        read.used,
-    )
-    tokens_BT, positions_BT = (x.reshape((-1, length)) for x in (tokens_EST, positions_EST))
-    x_BTD, _ = decoder.extend(tokens_BT, positions_BT, cache, shared)
-    logits_BTL = decoder.unembed(x_BTD, level_ids).astype(jnp.float32)
-    return jax.nn.softmax(logits_BTL).reshape((prompts, together, length, -1))
+    x_BTD = read_sequences(decoder, prompts_EP, tokens_EST, shared)
+    return jax.nn.softmax(decoder.unembed(x_BTD, level_ids)).reshape((*tokens_EST.shape, -1))

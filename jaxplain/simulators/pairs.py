@@ -16,49 +16,59 @@ from jaxplain.configs.finetuning import PairsConfig
 from jaxplain.corpora.hashing import lottery
 from jaxplain.errors import JaxplainError
 from jaxplain.simulators.levels import NOT_COUNTED, discretised, extreme_of
+from jaxplain.simulators.reading import NO_TOKEN
 from jaxplain.simulators.readout import Readout
 from jaxplain.store.explanations import Explanation
 from jaxplain.store.reader import Exemplar, Neuron, Split
 
+_FIELDS = ("prompts_EP", "tokens_EST", "levels_EST")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """Rows for the simulator: a prompt, a sequence, and padding.
+    """Explanations, each with sequences of its neuron; int32.
 
     Attributes:
-        tokens_BT: Token ids, 0 where there is none, int32.
-        levels_BT: The level to predict at each token, int32; -1 where there is none to predict.
+        prompts_EP: What the simulator is told, with the explanation; -1 after it.
+        tokens_EST: Tokens of the sequences, -1 where there is none.
+        levels_EST: The level to predict at each token; -1 where there is none to predict.
     """
 
-    tokens_BT: Int[np.ndarray, "B T"]
-    levels_BT: Int[np.ndarray, "B T"]
+    prompts_EP: Int[np.ndarray, "E P"]
+    tokens_EST: Int[np.ndarray, "E S T"]
+    levels_EST: Int[np.ndarray, "E S T"]
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Prompts, tokens and levels."""
+        return self.prompts_EP, self.tokens_EST, self.levels_EST
 
 
 class Pairs(grain.sources.RandomAccessDataSource):
-    """Rows of `Batch` by number; each keeps its sequence's levels, and shares prompts and sequences."""
+    """Rows of `Batch` by number: an explanation with `together` sequences or fewer, of `length` tokens."""
 
-    def __init__(self, length: int):
-        self._length = length
-        self._prompts: list[Int[np.ndarray, "P"]] = []
-        self._rows: list[tuple[int, Int[np.ndarray, "S"], Int[np.ndarray, "S"]]] = []
+    def __init__(self, *, longest_prompt: int, together: int, length: int):
+        self._longest_prompt, self._shape = longest_prompt, (together, length)
+        self._rows: list[tuple[Int[np.ndarray, "P"], list[tuple[np.ndarray, np.ndarray]]]] = []
 
     def add(self, prompt: Sequence[int], sequences: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
         """A prompt with (tokens, levels) of each of its sequences."""
-        self._prompts.append(np.array(prompt, np.int32))
-        self._rows += [(len(self._prompts) - 1, tokens, levels) for tokens, levels in sequences]
+        self._rows.append((np.array(prompt, np.int32), list(sequences)))
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, number: int) -> tuple[Int[np.ndarray, "T"], Int[np.ndarray, "T"]]:
-        """Tokens and levels of a row."""
-        at, sequence, levels = self._rows[number]
-        prompt = self._prompts[at]
-        start, stop = len(prompt), len(prompt) + len(sequence)
-        tokens_T = np.zeros(self._length, np.int32)
-        levels_T = np.full(self._length, NOT_COUNTED, np.int32)
-        tokens_T[:start], tokens_T[start:stop], levels_T[start:stop] = prompt, sequence, levels
-        return tokens_T, levels_T
+    def __getitem__(
+        self, number: int
+    ) -> tuple[Int[np.ndarray, "P"], Int[np.ndarray, "S T"], Int[np.ndarray, "S T"]]:
+        """Prompt, tokens and levels of a row."""
+        prompt, sequences = self._rows[number]
+        prompt_P = np.full(self._longest_prompt, NO_TOKEN, np.int32)
+        prompt_P[: len(prompt)] = prompt
+        tokens_ST = np.full(self._shape, NO_TOKEN, np.int32)
+        levels_ST = np.full(self._shape, NOT_COUNTED, np.int32)
+        for place, (tokens, levels) in enumerate(sequences):
+            tokens_ST[place, : len(tokens)], levels_ST[place, : len(levels)] = tokens, levels
+        return prompt_P, tokens_ST, levels_ST
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -102,13 +112,16 @@ def make_dataset(
     prompts = [readout.prompt(explanation.text) for explanation in chosen]
     fitting = [len(prompt) <= config.longest_prompt for prompt in prompts]
     longest = max((len(p) for p, fits in zip(prompts, fitting, strict=True) if fits), default=0)
-    length = longest + split.sequences(np.zeros(1, np.int32))["token"].shape[1]
-    if length > longest_row:
+    tokens = split.sequences(np.zeros(1, np.int32))["token"].shape[1]
+    if longest + tokens > longest_row:
         raise JaxplainError(
-            f"prompts and sequences together have {length} tokens, more than the {longest_row} that the "
-            "model reads; lower pairs.longest_prompt."
+            f"prompts and sequences have {longest + tokens} tokens together, more than the {longest_row} "
+            "that the model reads; lower pairs.longest_prompt."
         )
-    sets = {False: Pairs(length), True: Pairs(length)}
+    sets = {
+        out: Pairs(longest_prompt=longest, together=config.top + config.random, length=tokens)
+        for out in (False, True)
+    }
     neurons: dict[bool, set[tuple[int, int]]] = {False: set(), True: set()}
     for explanation, prompt, fits in zip(chosen, prompts, fitting, strict=True):
         if not fits:
@@ -184,13 +197,12 @@ def training_batches(pairs: Pairs, *, batch_size: int, seed: int, start: int) ->
     while True:
         batch = dataset[number]
         assert batch is not None
-        tokens_BT, levels_BT = batch
-        yield Batch(tokens_BT=tokens_BT, levels_BT=levels_BT)
+        yield Batch(**dict(zip(_FIELDS, batch, strict=True)))
         number += 1
 
 
 def evaluation_batches(pairs: Pairs, *, batch_size: int, most: int, seed: int) -> Iterator[Batch]:
-    """Each pair once, or `most` of them, drawn by the seed.
+    """Each explanation once, or `most` of them, drawn by the seed.
 
     The last batch is filled up with rows that have nothing to predict.
     """
@@ -199,9 +211,5 @@ def evaluation_batches(pairs: Pairs, *, batch_size: int, most: int, seed: int) -
         chosen = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:most])
     for start in range(0, len(chosen), batch_size):
         rows = [pairs[number] for number in chosen[start : start + batch_size].tolist()]
-        tokens_BT, levels_BT = (np.stack(part) for part in zip(*rows, strict=True))
-        missing = ((0, batch_size - len(rows)), (0, 0))
-        yield Batch(
-            tokens_BT=np.pad(tokens_BT, missing),
-            levels_BT=np.pad(levels_BT, missing, constant_values=NOT_COUNTED),
-        )
+        rows += [(rows[0][0], rows[0][1], np.full_like(rows[0][2], NOT_COUNTED))] * (batch_size - len(rows))
+        yield Batch(**dict(zip(_FIELDS, map(np.stack, zip(*rows, strict=True)), strict=True)))

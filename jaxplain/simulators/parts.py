@@ -23,7 +23,7 @@ from jaxplain.subjects.loading import partition
 Parameters = dict[str, Array]
 
 READOUT = "readout_LD"
-"""The unembedding's rows for the levels, where those alone of it are trained."""
+"""The unembedding's rows for the levels."""
 
 _DOWN, _UP = "lora_down", "lora_up"
 _INPUT_AXES = {"output_HCD": 2, "down_FD": 1}
@@ -53,8 +53,8 @@ def divide(
     Raises JaxplainError where more layers are to be trained than there are.
     """
     if config.parts == "full":
-        return dict(parameters), {}
-    if config.parts == "lora":
+        trained = dict(parameters)
+    elif config.parts == "lora":
         trained = _low_rank(parameters, config)
     else:
         if config.last_layers > arch.layers:
@@ -67,7 +67,8 @@ def divide(
             for name, value in parameters.items()
             if name == "head.norm.scale_D" or ".".join(name.split(".")[:2]) in kept
         }
-    trained[READOUT] = unembedding_rows(parameters, level_ids)
+    rows_LD = unembedding_rows(parameters, level_ids)
+    trained[READOUT] = jnp.zeros_like(rows_LD) if config.reset_readout else rows_LD
     return trained, {name: value for name, value in parameters.items() if name not in trained}
 
 
@@ -78,7 +79,12 @@ def assemble(
     level_ids: Int[np.ndarray, "L"],
     dtype: jnp.dtype,
 ) -> Parameters:
-    """The model's parameters in a dtype, with what was trained in its place."""
+    """The model's parameters in a dtype, with what was trained in its place.
+
+    Make the logits from the readout's rows themselves. Where they are tied to the embedding, they stand for
+    their tokens in the input as well; unless everything is trained they get no gradient from there, which
+    would have every layer differentiated for next to nothing.
+    """
     whole = dict(frozen)
     for name, value in trained.items():
         if name.endswith(_UP):
@@ -90,12 +96,12 @@ def assemble(
         elif name != READOUT:
             whole[name] = value
     whole = {name: value.astype(dtype) for name, value in whole.items()}
-    if READOUT in trained:
-        name, axis = _unembedding(whole)
-        rows = trained[READOUT].astype(dtype)
-        whole[name] = (
-            whole[name].at[level_ids].set(rows) if axis == 0 else whole[name].at[:, level_ids].set(rows.T)
-        )
+    name, axis = _unembedding(whole)
+    rows = trained[READOUT] if config.parts == "full" else jax.lax.stop_gradient(trained[READOUT])
+    rows = rows.astype(dtype)
+    whole[name] = (
+        whole[name].at[level_ids].set(rows) if axis == 0 else whole[name].at[:, level_ids].set(rows.T)
+    )
     return whole
 
 

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from jaxplain.configs.finetuning import TrainingConfig
 from jaxplain.simulators.pairs import Batch
 from jaxplain.simulators.parts import (
+    READOUT,
     Parameters,
     assemble,
     decays,
@@ -29,6 +30,7 @@ from jaxplain.simulators.parts import (
     fully_sharded,
     parameters_of,
 )
+from jaxplain.simulators.reading import read_sequences
 from jaxplain.simulators.simulation import LEVELS
 from jaxplain.subjects.decoder import Decoder
 
@@ -92,6 +94,10 @@ class Trainer:
                 weight_decay=config.weight_decay,
                 mask={name: decays(name, value) for name, value in trained.items()},
             ),
+            optax.partition(
+                {"readout": optax.scale(config.readout_rate), "rest": optax.identity()},
+                {name: "readout" if name == READOUT else "rest" for name in trained},
+            ),
         )
         self._step = jax.jit(self._take_step, donate_argnums=0)
         self._sums = jax.jit(self._evaluation_sums)
@@ -118,13 +124,13 @@ class Trainer:
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """One optimiser step; the state that it was given is gone."""
         pieces = self._config.accumulate
-        return self._step(state, self._frozen, *(self._placed(x, pieces) for x in _arrays(batch)))
+        return self._step(state, self._frozen, *self._placed(batch, pieces))
 
     def evaluate(self, state: TrainState, batches: Iterable[Batch]) -> Evaluation:
         """How well the state does on batches."""
         total = None
         for batch in batches:
-            arrays = (self._placed(x, 1)[0] for x in _arrays(batch))
+            arrays = (x[0] for x in self._placed(batch, 1))
             sums = self._sums(state.trained, self._frozen, *arrays)
             found = jax.tree.map(lambda value: np.asarray(value, np.float64), sums)
             total = found if total is None else jax.tree.map(np.add, total, found)
@@ -137,41 +143,57 @@ class Trainer:
         assembled = self._assemble(state.trained, self._frozen, jnp.dtype("float32"))
         return decoder_of(self._graph, assembled)
 
-    def _placed(self, x_BT: np.ndarray, pieces: int) -> Array:
-        shaped = x_BT.reshape((pieces, -1, x_BT.shape[-1]))
-        return jax.make_array_from_process_local_data(NamedSharding(self._mesh, P(None, "data")), shaped)
+    def _placed(self, batch: Batch, pieces: int) -> list[Array]:
+        """The batch's arrays, cut into pieces along a new first axis."""
+        place = NamedSharding(self._mesh, P(None, "data"))
+        return [
+            jax.make_array_from_process_local_data(place, x.reshape((pieces, -1, *x.shape[1:])))
+            for x in batch.arrays()
+        ]
 
     def _assembled(self, trained: Parameters, frozen: Parameters, dtype: jnp.dtype) -> Parameters:
         return assemble(trained, frozen, self._config, self._level_ids, dtype)
 
     def _log_probabilities(
-        self, trained: Parameters, frozen: Parameters, tokens_BT: Int[Array, "B T"]
-    ) -> Float[Array, "B T 11"]:
+        self, trained: Parameters, frozen: Parameters, prompts_EP: Array, tokens_EST: Array
+    ) -> Float[Array, "E S T 11"]:
         dtype = jnp.dtype(self._config.compute_dtype)
         decoder = decoder_of(self._graph, self._assembled(trained, frozen, dtype))
-        return jax.nn.log_softmax(level_logits(decoder, tokens_BT, self._level_ids, remat=self._config.remat))
+        x_BTD = read_sequences(decoder, prompts_EP, tokens_EST, remat=self._config.remat)
+        logits_BTL = decoder.unembed_by(x_BTD, trained[READOUT].astype(dtype))
+        return jax.nn.log_softmax(logits_BTL).reshape((*tokens_EST.shape, LEVELS))
 
     def _loss(
-        self, trained: Parameters, frozen: Parameters, tokens_BT: Array, levels_BT: Array
+        self,
+        trained: Parameters,
+        frozen: Parameters,
+        prompts_EP: Array,
+        tokens_EST: Array,
+        levels_EST: Array,
     ) -> Float[Array, ""]:
         """Cross-entropy, summed over the tokens that count."""
-        log_probabilities_BTL = self._log_probabilities(trained, frozen, tokens_BT)
-        return _cross_entropy(log_probabilities_BTL, levels_BT)
+        return _cross_entropy(self._log_probabilities(trained, frozen, prompts_EP, tokens_EST), levels_EST)
 
     def _take_step(
-        self, state: TrainState, frozen: Parameters, tokens_ABT: Array, levels_ABT: Array
+        self,
+        state: TrainState,
+        frozen: Parameters,
+        prompts_AEP: Array,
+        tokens_AEST: Array,
+        levels_AEST: Array,
     ) -> tuple[TrainState, StepMetrics]:
-        count = jnp.maximum((levels_ABT >= 0).sum(), 1).astype(jnp.float32)
+        count = jnp.maximum((levels_AEST >= 0).sum(), 1).astype(jnp.float32)
 
         def add(total: tuple, piece: tuple) -> tuple[tuple, None]:
             found = jax.value_and_grad(self._loss)(state.trained, frozen, *piece)
             return jax.tree.map(jnp.add, total, found), None
 
+        pieces = (prompts_AEP, tokens_AEST, levels_AEST)
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trained))
-        if len(tokens_ABT) == 1:
-            total, _ = add(zero, (tokens_ABT[0], levels_ABT[0]))
+        if self._config.accumulate == 1:
+            total, _ = add(zero, tuple(piece[0] for piece in pieces))
         else:
-            total, _ = jax.lax.scan(add, zero, (tokens_ABT, levels_ABT))
+            total, _ = jax.lax.scan(add, zero, pieces)
         loss, gradient = jax.tree.map(lambda x: x / count, total)
         updates, optimiser = self._optimiser.update(gradient, state.optimiser, state.trained)
         trained = jax.tree.map(jnp.add, state.trained, updates)
@@ -179,26 +201,23 @@ class Trainer:
         return TrainState(state.step + 1, trained, optimiser), metrics
 
     def _evaluation_sums(
-        self, trained: Parameters, frozen: Parameters, tokens_BT: Array, levels_BT: Array
+        self,
+        trained: Parameters,
+        frozen: Parameters,
+        prompts_EP: Array,
+        tokens_EST: Array,
+        levels_EST: Array,
     ) -> _Sums:
-        log_probabilities_BTL = self._log_probabilities(trained, frozen, tokens_BT)
-        counted_BT = levels_BT >= 0
-        expected_BT = jnp.exp(log_probabilities_BTL) @ jnp.arange(LEVELS, dtype=jnp.float32)
-        expected_BT = jnp.where(counted_BT, expected_BT, 0)
+        log_probabilities_ESTL = self._log_probabilities(trained, frozen, prompts_EP, tokens_EST)
+        expected_EST = jnp.exp(log_probabilities_ESTL) @ jnp.arange(LEVELS, dtype=jnp.float32)
+        expected_EST = jnp.where(levels_EST >= 0, expected_EST, 0)
         return _Sums(
-            loss=_cross_entropy(log_probabilities_BTL, levels_BT),
-            levels_L=jax.nn.one_hot(levels_BT, LEVELS).sum((0, 1)),  # -1 is no level
-            expected=expected_BT.sum(),
-            expected_squared=jnp.square(expected_BT).sum(),
-            product=(expected_BT * jnp.maximum(levels_BT, 0)).sum(),
+            loss=_cross_entropy(log_probabilities_ESTL, levels_EST),
+            levels_L=jax.nn.one_hot(levels_EST, LEVELS).sum((0, 1, 2)),  # -1 is no level
+            expected=expected_EST.sum(),
+            expected_squared=jnp.square(expected_EST).sum(),
+            product=(expected_EST * jnp.maximum(levels_EST, 0)).sum(),
         )
-
-
-def level_logits(
-    decoder: Decoder, tokens_BT: Int[Array, "B T"], level_ids: Int[np.ndarray, "11"], *, remat: bool = False
-) -> Float[Array, "B T 11"]:
-    """The logits of levels 0 to 10 at every token, float32."""
-    return decoder.unembed(decoder(tokens_BT, remat=remat), level_ids).astype(jnp.float32)
 
 
 def learning_rate(config: TrainingConfig) -> optax.Schedule:
@@ -213,16 +232,12 @@ def learning_rate(config: TrainingConfig) -> optax.Schedule:
     )
 
 
-def _arrays(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    return batch.tokens_BT, batch.levels_BT
-
-
 def _cross_entropy(
-    log_probabilities_BTL: Float[Array, "B T 11"], levels_BT: Int[Array, "B T"]
+    log_probabilities_ESTL: Float[Array, "E S T 11"], levels_EST: Int[Array, "E S T"]
 ) -> Float[Array, ""]:
-    place_BTL = jnp.maximum(levels_BT, 0)[..., None]
-    at_BT = jnp.take_along_axis(log_probabilities_BTL, place_BTL, axis=-1)[..., 0]
-    return -jnp.where(levels_BT >= 0, at_BT, 0).sum()
+    place_ESTL = jnp.maximum(levels_EST, 0)[..., None]
+    at_EST = jnp.take_along_axis(log_probabilities_ESTL, place_ESTL, axis=-1)[..., 0]
+    return -jnp.where(levels_EST >= 0, at_EST, 0).sum()
 
 
 def _evaluation(sums: _Sums) -> Evaluation:

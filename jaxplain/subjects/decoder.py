@@ -19,6 +19,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxplain.subjects.architecture import Architecture
+from jaxplain.subjects.attention import Prefix, attend, causal_attention
+from jaxplain.subjects.products import merge_heads, project, project_heads
 from jaxplain.subjects.rotary import apply_rotary, rotary_tables
 
 MLP_ACTIVATION = "mlp_activation"
@@ -33,7 +35,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 _FLOAT32 = jnp.dtype("float32")
-_NEVER = -1e30  # a logit whose token is not attended to; finite, since a padded row attends to none
 
 
 class Sown(nnx.Variable[Any]):
@@ -102,16 +103,13 @@ class Attention(nnx.Module):
             self.key_bias_KC = nnx.Param(jnp.zeros((k, c), dtype))
             self.value_bias_KC = nnx.Param(jnp.zeros((k, c), dtype))
             self.output_bias_D = nnx.Param(jnp.zeros(d, dtype))
-        # The window counts the query's own position; `local_window_size` counts those to its left.
-        self.window = None if arch.sliding_window is None else (arch.sliding_window - 1, 0)
+        self.window = arch.sliding_window  # counts the query's own position
 
     def __call__(self, x_BTD: Float[Array, "B T D"], rotary_TC: tuple[Array, Array]) -> Float[Array, "B T D"]:
         """Mix the values of earlier positions; `rotary_TC` are the tables of `rotary_tables`."""
         query_BTHC, key_BTKC, value_BTKC = self._projections(x_BTD, rotary_TC)
-        mixed_BTHC = jax.nn.dot_product_attention(
-            query_BTHC, key_BTKC, value_BTKC, is_causal=True, local_window_size=self.window
-        )
-        return self._biased(jnp.einsum("BTHC,HCD->BTD", mixed_BTHC, self.output_HCD[...]))
+        mixed_BTHC = causal_attention(query_BTHC, key_BTKC, value_BTKC, self.window)
+        return self._output(mixed_BTHC)
 
     def extend(
         self,
@@ -121,7 +119,7 @@ class Attention(nnx.Module):
         slot: Int[Array, ""],
         keys_BKCS: Float[Array, "B K C S"],
         values_BKSC: Float[Array, "B K S C"],
-        prefix: tuple[Float[Array, "1 K C P"], Float[Array, "1 K P C"]] | None,
+        prefix: Prefix | None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B K C S"], Float[Array, "B K S C"]]:
         """The same for positions that follow those in a cache; also the cache's keys and values with theirs.
 
@@ -132,75 +130,25 @@ class Attention(nnx.Module):
         update = jax.lax.dynamic_update_slice_in_dim
         keys_BKCS = update(keys_BKCS, key_BTKC.transpose(0, 2, 3, 1), slot, axis=3)
         values_BKSC = update(values_BKSC, value_BTKC.swapaxes(1, 2), slot, axis=2)
-        mixed_BTHC = _attend(query_BTHC, keys_BKCS, values_BKSC, seen, prefix)
-        # H and C as one axis spare XLA's CPU backend a copy of the weight for every token.
-        mixed_BTX = mixed_BTHC.reshape((*mixed_BTHC.shape[:2], -1))
-        out_BTD = mixed_BTX @ self.output_HCD[...].reshape((-1, self.output_HCD.shape[-1]))
-        return self._biased(out_BTD), keys_BKCS, values_BKSC
+        mixed_BTHC = attend(query_BTHC, keys_BKCS, values_BKSC, seen[0], prefix, seen[1])
+        return self._output(mixed_BTHC), keys_BKCS, values_BKSC
 
     def _projections(
         self, x_BTD: Float[Array, "B T D"], rotary: tuple[Array, Array]
     ) -> tuple[Array, Array, Array]:
         """Queries, keys and values, the first two rotated."""
-        query_BTHC = jnp.einsum("BTD,DHC->BTHC", x_BTD, self.query_DHC[...])
-        key_BTKC = jnp.einsum("BTD,DKC->BTKC", x_BTD, self.key_DKC[...])
-        value_BTKC = jnp.einsum("BTD,DKC->BTKC", x_BTD, self.value_DKC[...])
+        query_BTHC, key_BTKC, value_BTKC = (
+            project_heads(x_BTD, weight[...]) for weight in (self.query_DHC, self.key_DKC, self.value_DKC)
+        )
         if self.has_bias:
             query_BTHC += self.query_bias_HC[...][None, None]
             key_BTKC += self.key_bias_KC[...][None, None]
             value_BTKC += self.value_bias_KC[...][None, None]
         return apply_rotary(query_BTHC, rotary), apply_rotary(key_BTKC, rotary), value_BTKC
 
-    def _biased(self, out_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def _output(self, mixed_BTHC: Float[Array, "B T H C"]) -> Float[Array, "B T D"]:
+        out_BTD = merge_heads(mixed_BTHC, self.output_HCD[...])
         return out_BTD + self.output_bias_D[...][None, None] if self.has_bias else out_BTD
-
-
-def _attend(
-    query_BTHC: Float[Array, "B T H C"],
-    keys_BKCS: Float[Array, "B K C S"],
-    values_BKSC: Float[Array, "B K S C"],
-    seen: tuple[Bool[Array, "B T S"], Bool[Array, "B T P"] | None],
-    prefix: tuple[Float[Array, "1 K C P"], Float[Array, "1 K P C"]] | None,
-) -> Float[Array, "B T H C"]:
-    """Attention over a cache and a prefix, which lie in memory as the products want them.
-
-    `jax.nn.dot_product_attention` wants slots outside heads, and takes four times as long on a CPU. The
-    prefix is read once for all rows (as in Hydragen, Juravsky et al., 2024).
-    """
-    b, t, _, c = query_BTHC.shape
-    groups = (b, t, keys_BKCS.shape[1], -1, c)  # query heads that share a key head
-    query_BKTGC = query_BTHC.reshape(groups).swapaxes(1, 2) * c**-0.5
-    highest, total, mixed_BKTGC = _unnormalised_attention(
-        "BKTGC,BKCS->BKTGS", query_BKTGC, keys_BKCS, values_BKSC, seen[0][:, None, :, None]
-    )
-    if prefix is not None and seen[1] is not None:
-        parts = _unnormalised_attention(
-            "KBTGC,KCS->KBTGS", query_BKTGC.swapaxes(0, 1), prefix[0][0], prefix[1][0], seen[1][:, :, None]
-        )
-        prefix_highest, prefix_total, prefix_mixed_BKTGC = (part.swapaxes(0, 1) for part in parts)
-        common = jnp.maximum(highest, prefix_highest)
-        scale, prefix_scale = jnp.exp(highest - common), jnp.exp(prefix_highest - common)
-        total = scale * total + prefix_scale * prefix_total
-        mixed_BKTGC = scale * mixed_BKTGC + prefix_scale * prefix_mixed_BKTGC
-    mixed_BKTGC = (mixed_BKTGC / total).astype(query_BTHC.dtype)
-    return mixed_BKTGC.swapaxes(1, 2).reshape(query_BTHC.shape)
-
-
-def _unnormalised_attention(
-    product: str, query: Array, keys: Array, values: Array, seen: Bool[Array, "..."]
-) -> tuple[Array, Array, Array]:
-    """The highest logit (last axis 1), the sum of exp(logit - highest), and values weighted with those.
-
-    What several sets of keys give can be put together, as if they were one set.
-    """
-    axes, sets, logits_axes = product.replace("->", ",").split(",")
-    logits = jnp.einsum(product, query, keys).astype(_FLOAT32)
-    logits = jnp.where(jnp.broadcast_to(seen, logits.shape), logits, _NEVER)
-    highest = logits.max(axis=-1, keepdims=True)
-    weights = jnp.exp(logits - highest)
-    back = f"{logits_axes},{sets.replace('CS', 'SC')}->{axes}"
-    mixed = jnp.einsum(back, weights.astype(values.dtype), values)
-    return highest, weights.sum(axis=-1, keepdims=True), mixed.astype(_FLOAT32)
 
 
 class GatedMLP(nnx.Module):
@@ -220,15 +168,14 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Compute and sow the neurons, and project them down."""
-        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.gate_DF[...])
-        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.up_DF[...])
+        gate_BTF, up_BTF = project(x_BTD, self.gate_DF[...]), project(x_BTD, self.up_DF[...])
         if self.has_bias:
             gate_BTF += self.gate_bias_F[...][None, None]
             up_BTF += self.up_bias_F[...][None, None]
         acts_BTF = ACTIVATIONS[self.activation](gate_BTF) * up_BTF
         if hasattr(self, "__captures__"):  # Flax warns of a sow that `nnx.capture` does not surround
             self.sow(Sown, MLP_ACTIVATION, acts_BTF, reduce_fn=_fold, init_fn=tuple)
-        out_BTD = jnp.einsum("BTF,FD->BTD", acts_BTF, self.down_FD[...])
+        out_BTD = project(acts_BTF, self.down_FD[...])
         return out_BTD + self.down_bias_D[...][None, None] if self.has_bias else out_BTD
 
 
@@ -287,17 +234,13 @@ class Decoder(nnx.Module):
         self.layers = nnx.List([Block(arch, rngs, dtype) for _ in range(depth)])
         self.head = Head(arch, rngs, dtype) if with_head else None
 
-    def __call__(self, tokens_BT: Int[Array, "B T"], *, remat: bool = False) -> Float[Array, "B T D"]:
-        """The residual stream after the last layer.
-
-        With `remat`, a backward pass computes what is inside the layers again instead of keeping it.
-        """
+    def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The residual stream after the last layer."""
         x_BTD = self.embedding_VD[...][tokens_BT]
         rotary_TC = rotary_tables(self.arch.rotary, self.arch.head_width, tokens_BT.shape[1])
-        call = nnx.remat(Block.__call__) if remat else Block.__call__
         with _exact_products():
             for layer in self.layers:
-                x_BTD = call(layer, x_BTD, rotary_TC)
+                x_BTD = layer(x_BTD, rotary_TC)
         return x_BTD
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
@@ -314,12 +257,16 @@ class Decoder(nnx.Module):
         positions_BT: Int[Array, "B T"],
         cache: Cache,
         prefix: Cache | None = None,
+        *,
+        remat: bool = False,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """The residual stream at positions that follow those in the cache, and the cache with them.
 
         Where a position is -1 there is no token; what comes out there means nothing. `prefix` is a cache of
-        one row, which comes before every row of `cache`.
+        one row, which comes before every row of `cache`. With `remat`, a backward pass computes what is
+        inside the layers again instead of keeping it.
         """
+        extend = nnx.remat(Block.extend) if remat else Block.extend
         cos_PC, sin_PC = rotary_tables(self.arch.rotary, self.arch.head_width, self.arch.max_positions)
         at_BT = jnp.maximum(positions_BT, 0)
         rotary_BTC = (cos_PC[at_BT], sin_PC[at_BT])
@@ -333,7 +280,8 @@ class Decoder(nnx.Module):
         keys, values = [], []
         with _exact_products():
             for number, layer in enumerate(self.layers):
-                x_BTD, keys_BKCS, values_BKSC = layer.extend(
+                x_BTD, keys_BKCS, values_BKSC = extend(
+                    layer,
                     x_BTD,
                     rotary_BTC,
                     seen,
@@ -355,18 +303,22 @@ class Decoder(nnx.Module):
         return (positions_BS[:, None, :] >= 0) & (distance_BTS >= 0) & (distance_BTS < window)
 
     def logits(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:
-        """Next-token logits, in the dtype of the weights."""
+        """Next-token logits, float32."""
         return self.unembed(self(tokens_BT))
 
     def unembed(
         self, x_BTD: Float[Array, "B T D"], only: Int[Array | np.ndarray, "V"] | None = None
     ) -> Float[Array, "B T V"]:
-        """Next-token logits, of some tokens `only` where those are given, from the residual stream."""
+        """Next-token logits from the residual stream, of `only` some tokens if they are given; float32."""
         if self.head is None or len(self.layers) != self.arch.layers:
             raise ValueError("logits need a decoder with all layers and with_head=True")
-        x_BTD = self.head.norm(x_BTD)
         chosen = slice(None) if only is None else only
+        if self.arch.tied_embeddings:
+            return self.unembed_by(x_BTD, self.embedding_VD[chosen])
+        return self.unembed_by(x_BTD, self.head.unembedding_DV[:, chosen].T)
+
+    def unembed_by(self, x_BTD: Float[Array, "B T D"], rows_VD: Float[Array, "V D"]) -> Float[Array, "B T V"]:
+        """The same with rows of an unembedding that are not the model's own."""
+        assert self.head is not None
         with _exact_products():
-            if self.arch.tied_embeddings:
-                return jnp.einsum("BTD,VD->BTV", x_BTD, self.embedding_VD[chosen])
-            return jnp.einsum("BTD,DV->BTV", x_BTD, self.head.unembedding_DV[:, chosen])
+            return jnp.einsum("BTD,VD->BTV", self.head.norm(x_BTD), rows_VD, preferred_element_type=_FLOAT32)

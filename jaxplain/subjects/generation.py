@@ -214,7 +214,7 @@ def _sample(
         return (step < room) & (lengths_B == step).any()
 
     def choose(step: Array, lengths_B: Array, tokens_BN: Array, last_BD: Array) -> tuple:
-        logits_BV = decoder.unembed(last_BD[:, None])[:, 0].astype(jnp.float32)
+        logits_BV = decoder.unembed(last_BD[:, None])[:, 0]
         chosen_B = _choose(logits_BV, jax.vmap(jax.random.fold_in, (0, None))(keys_B, step), sampling)
         goes_on_B = (lengths_B == step) & ~(chosen_B[:, None] == stop_S[None]).any(axis=1)
         tokens_BN = jax.lax.dynamic_update_slice_in_dim(tokens_BN, chosen_B[:, None], step, axis=1)
@@ -272,6 +272,6 @@ def _log_likelihood(
     decoder = nnx.merge(graph, weights)
     x_BTD, _ = decoder.extend(tokens_BT, positions_BT, cache, prefix)
     x_BTD = jnp.concatenate([last_BD[:, None], x_BTD[:, :-1]], axis=1)
-    logits_BTV = decoder.unembed(x_BTD).astype(jnp.float32)
+    logits_BTV = decoder.unembed(x_BTD)
     at_BT = jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), tokens_BT[..., None], axis=-1)[..., 0]
     return jnp.where(positions_BT >= 0, at_BT, 0).sum(axis=1)

@@ -41,9 +41,9 @@ def save_decoder(
 ) -> None:
     """Write a decoder of the subject's architecture as a folder that transformers and `open_subject` read.
 
-    The config is the subject's, but for the number of the embedding's rows and the dtype; the tokenizer is
-    the subject's where none is given. Tensors beyond `max_file_bytes` go into further files. Until it is
-    whole, the folder's name ends in `.partial`. Every process takes part; the first one writes.
+    The config is the subject's, but for the numbers of layers and of the embedding's rows, and the dtype;
+    the tokenizer is the subject's where none is given. Tensors beyond `max_file_bytes` go into further files.
+    Until it is whole, the folder's name ends in `.partial`. Every process takes part; the first one writes.
 
     Raises JaxplainError where the folder exists (unless it holds a model and `overwrite` is set), cannot be
     written, or the tokenizer has ids without a row in the embedding.
@@ -51,7 +51,8 @@ def save_decoder(
     arch = decoder.arch
     if decoder.head is None or len(decoder.layers) != arch.layers:
         raise ValueError("saving needs a decoder with all layers and with_head=True")
-    if dataclasses.replace(arch, vocabulary=subject.arch.vocabulary) != subject.arch:
+    resized = dataclasses.replace(subject.arch, vocabulary=arch.vocabulary, layers=arch.layers)
+    if arch != resized:
         raise ValueError("the decoder's architecture is not the subject's")
     tokenizer = subject.tokenizer if tokenizer is None else tokenizer
     last_token = max(tokenizer.get_vocab().values())
@@ -64,7 +65,7 @@ def save_decoder(
     tensors = _tensors(decoder, subject.family)
     if jax.process_index() == 0:
         with _growing(folder, overwrite=overwrite) as partial:
-            _write_config(subject, partial, rows=arch.vocabulary, dtype=dtype)
+            _write_config(subject, partial, {"vocabulary": arch.vocabulary, "layers": arch.layers}, dtype)
             _write_tokenizer(tokenizer, partial)
             _write_weights(tensors, partial, dtype, max_file_bytes)
     else:
@@ -100,11 +101,11 @@ def _growing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         ) from error
 
 
-def _write_config(subject: Subject, folder: Path, *, rows: int, dtype: str) -> None:
+def _write_config(subject: Subject, folder: Path, sizes: Mapping[str, int], dtype: str) -> None:
     config = json.loads((subject.folder / "config.json").read_text(encoding="utf-8"))
-    attributes = subject.family.attributes
-    vocabulary = next(name for name, meaning in attributes.items() if meaning == "vocabulary")
-    config |= {vocabulary: rows, "dtype": dtype}
+    names = {meaning: name for name, meaning in subject.family.attributes.items() if isinstance(meaning, str)}
+    config |= {names[meaning]: size for meaning, size in sizes.items()}
+    config["dtype"] = dtype
     if "torch_dtype" in config:  # what the attribute was called before
         config["torch_dtype"] = dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

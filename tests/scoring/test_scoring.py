@@ -17,6 +17,7 @@ from jaxplain.errors import JaxplainError
 from jaxplain.explainers.token_means import token_means
 from jaxplain.finetune import main as finetune
 from jaxplain.score import main
+from jaxplain.scoring import scoring
 from jaxplain.scoring.report import best_explanations, summarise
 from jaxplain.scoring.scoring import ScoredExplanation
 from jaxplain.scoring.targets import target_of
@@ -212,6 +213,26 @@ def test_calibration_is_fitted_on_its_own_split(run, method, explained):
             if score.metric == "correlation":
                 sign = 1 if of[score.metric, score.sequences] * score.value > 0 else -1
                 assert of[score.metric, score.sequences] == pytest.approx(sign * score.value, abs=1e-6)
+
+
+def test_an_explanation_that_calibration_cannot_be_fitted_for_costs_the_others_nothing(run, monkeypatch):
+    folder = run(calibration={"method": "none"})
+    with sqlite3.connect(folder / "explanations.sqlite") as database:
+        (lost,) = database.execute("SELECT min(explanation) FROM simulations").fetchone()
+    predicted = scoring._Run._predicted
+
+    def without(self, explanation, number, split):
+        found, failed = predicted(self, explanation, number, split)
+        return (np.full_like(found, np.nan), failed) if explanation.id == lost else (found, failed)
+
+    monkeypatch.setattr(scoring._Run, "_predicted", without)
+    rows = table(run(calibration={"method": "linear", "split": "test"}), "scores")
+    assert {row["calibration"] for row in rows} >= {"linear"}
+    for row in rows:
+        if row["calibration"] == "linear":
+            missing = row["explanation"] == lost
+            assert (row["reason"] or "").startswith("calibration is 'linear'") == missing
+            assert not missing or row["value"] is None
 
 
 def test_only_held_out_neurons(run, simulator, tmp_path):

@@ -62,6 +62,12 @@ def test_a_run_leaves_a_simulator_and_its_records(finetune, explained, capsys):
     )
 
 
+def test_a_shallow_simulator_has_that_many_layers(finetune):
+    output = finetune("--depth", 1, steps=1)
+    assert json.loads((output / "model" / "config.json").read_text())["num_hidden_layers"] == 1
+    assert open_subject(SubjectConfig(id=str(output / "model"))).arch.layers == 1
+
+
 def test_tensorboard_has_what_metrics_has(finetune):
     output = finetune(steps=4)
     found = {}
@@ -190,6 +196,8 @@ def test_special_tokens_may_be_remapped(finetune, explained):
         (["--training.parts", "last_layers", "--training.last_layers", 4], "the model has 3 layers"),
         (["--pairs.held_out_neurons", 0.0001], "no pair of explanation and sequence is held out"),
         (["--model.dtype", "bfloat16"], "weights are trained in float32"),
+        (["--depth", 4], "depth is 4, but the model has 3 layers"),
+        (["--depth", 0], "depth is 0; give 1 or more"),
         (["--training.accumulate", 3], "choose a divisor of training.batch_size 16"),
         (["--explanations", "/nowhere"], "there are no explanations at /nowhere"),
         (["--training.steps", 0], "training.steps is 0; give 1 or more"),

@@ -54,7 +54,17 @@ def dataset(split, readout, explanations):
 
 
 def rows_of(pairs):
-    return [pairs[number] for number in range(len(pairs))]
+    """Prompt and (tokens, levels) of each sequence, without what fills them up."""
+    for number in range(len(pairs)):
+        prompt, tokens, levels = pairs[number]
+        yield (
+            tuple(prompt[prompt >= 0].tolist()),
+            [
+                (tuple(t[t >= 0].tolist()), x[t >= 0].tolist())
+                for t, x in zip(tokens, levels, strict=True)
+                if (t >= 0).any()
+            ],
+        )
 
 
 def sequence_documents(split):
@@ -69,15 +79,7 @@ def sequence_documents(split):
 def sequences_in(pairs, split):
     """The documents of the sequences that a set shows."""
     known = sequence_documents(split)
-    found = set()
-    for tokens, levels in rows_of(pairs):
-        stop = np.flatnonzero(levels >= 0)[-1] + 1
-        for length in range(stop, 0, -1):
-            for end in range(stop, len(tokens) + 1):
-                candidate = tuple(tokens[end - length : end].tolist())
-                if candidate in known:
-                    found.add(candidate)
-    return {known[one] for one in found}
+    return {known[tokens] for _, sequences in rows_of(pairs) for tokens, _ in sequences}
 
 
 def test_neurons_and_documents_held_out_are_never_trained_on(dataset, split, readout, explanations):
@@ -90,29 +92,28 @@ def test_neurons_and_documents_held_out_are_never_trained_on(dataset, split, rea
         for out in (False, True)
     }
     for out, pairs in ((False, made.train), (True, made.held_out)):
-        for tokens, _ in rows_of(pairs):
-            assert any(tuple(tokens[: len(prompt)].tolist()) == prompt for prompt in prompts[out])
+        assert {prompt for prompt, _ in rows_of(pairs)} <= prompts[out]
+        assert all(1 <= len(sequences) <= 6 for _, sequences in rows_of(pairs))
     trained, kept = sequences_in(made.train, split), sequences_in(made.held_out, split)
     assert trained
     assert kept
     assert not trained & kept
 
 
-def test_rows_are_prompt_sequence_and_its_levels(split, readout, explanations):
-    config = PairsConfig(top=1, random=0, held_out_neurons=0.3, held_out_documents=0.3)
+def test_rows_are_a_prompt_and_sequences_with_their_levels(split, readout, explanations):
+    config = PairsConfig(top=2, random=0, held_out_neurons=0.3, held_out_documents=0.3)
     made = make_dataset(explanations, split, config, readout, longest_row=256)
     trained = sequences_in(made.train, split)
     wanted = [e for e in explanations if not is_held_out(e.layer, e.index, config)]
-    for explanation, (tokens, levels) in zip(wanted, rows_of(made.train), strict=True):
+    for explanation, (prompt, sequences) in zip(wanted, rows_of(made.train), strict=True):
         neuron, sign = split.neuron(explanation.layer, explanation.index), explanation.sign
-        prompt = readout.prompt(explanation.text)
+        assert list(prompt) == readout.prompt(explanation.text)
         # The strongest but for those whose documents are held out.
-        exemplar = next(e for e in neuron.exemplars(sign) if e.document in trained)
-        row = [*prompt, *exemplar.tokens.tolist()]
-        assert tokens.tolist() == row + [0] * (len(tokens) - len(row))
-        expected = discretised(exemplar.activations, sign, extreme_of(neuron, sign)).tolist()
-        assert levels.tolist() == [-1] * len(prompt) + expected + [-1] * (len(levels) - len(row))
-        assert exemplar.rank > 0 or max(expected) == 10
+        allowed = [e for e in neuron.exemplars(sign) if e.document in trained][:2]
+        for exemplar, (tokens, levels) in zip(allowed, sequences, strict=True):
+            assert tokens == tuple(exemplar.tokens.tolist())
+            assert levels == discretised(exemplar.activations, sign, extreme_of(neuron, sign)).tolist()
+            assert exemplar.rank > 0 or max(levels) == 10
 
 
 def test_signs_and_providers_are_chosen(dataset, explanations):
@@ -147,14 +148,15 @@ def test_rows_longer_than_the_model_reads_are_refused(split, readout, explanatio
 
 
 def numbered(count):
-    pairs = Pairs(3)
-    pairs.add([7], [(np.array([n]), np.array([n % 11])) for n in range(count)])
+    pairs = Pairs(longest_prompt=2, together=3, length=4)
+    for n in range(count):
+        pairs.add([n], [(np.array([n, n]), np.array([n % 11, -1]))])
     return pairs
 
 
-def test_every_epoch_has_every_row_once_in_an_order_of_its_own():
+def test_every_epoch_has_every_explanation_once_in_an_order_of_its_own():
     batches = itertools.islice(training_batches(numbered(12), batch_size=4, seed=3, start=0), 6)
-    seen = [batch.tokens_BT[:, 1].tolist() for batch in batches]
+    seen = [batch.prompts_EP[:, 0].tolist() for batch in batches]
     first, second = (list(itertools.chain(*part)) for part in (seen[:3], seen[3:]))
     assert sorted(first) == sorted(second) == list(range(12))
     assert first != second != list(range(12))
@@ -164,25 +166,28 @@ def test_batches_go_on_from_any_number():
     whole = list(itertools.islice(training_batches(numbered(10), batch_size=4, seed=3, start=0), 9))
     rest = list(itertools.islice(training_batches(numbered(10), batch_size=4, seed=3, start=5), 4))
     for batch, again in zip(whole[5:], rest, strict=True):
-        np.testing.assert_array_equal(batch.tokens_BT, again.tokens_BT)
-        np.testing.assert_array_equal(batch.levels_BT, again.levels_BT)
+        for array, other in zip(batch.arrays(), again.arrays(), strict=True):
+            np.testing.assert_array_equal(array, other)
     other = next(training_batches(numbered(10), batch_size=4, seed=4, start=0))
-    assert (other.tokens_BT != whole[0].tokens_BT).any()
+    assert (other.prompts_EP != whole[0].prompts_EP).any()
 
 
-def test_evaluation_takes_every_row_once_and_fills_up_with_nothing():
+def test_evaluation_takes_every_explanation_once_and_fills_up_with_nothing():
     batches = list(evaluation_batches(numbered(6), batch_size=4, most=6, seed=0))
-    assert [batch.tokens_BT.shape for batch in batches] == [(4, 3)] * 2
-    tokens = np.concatenate([batch.tokens_BT for batch in batches])
-    levels = np.concatenate([batch.levels_BT for batch in batches])
-    assert tokens[:6, 1].tolist() == list(range(6))
+    assert [batch.tokens_EST.shape for batch in batches] == [(4, 3, 4)] * 2
+    prompts, tokens, levels = (
+        np.concatenate(parts) for parts in zip(*(batch.arrays() for batch in batches), strict=True)
+    )
+    assert prompts[:6].tolist() == [[n, -1] for n in range(6)]
+    assert tokens[5].tolist() == [[5, 5, -1, -1], [-1] * 4, [-1] * 4]
+    assert levels[5].tolist() == [[5, -1, -1, -1], [-1] * 4, [-1] * 4]
     assert (levels[6:] == NOT_COUNTED).all()
 
 
-def test_evaluation_may_take_a_draw_of_the_rows():
+def test_evaluation_may_take_a_draw_of_them():
     def draw(seed):
         (batch,) = evaluation_batches(numbered(40), batch_size=8, most=8, seed=seed)
-        return batch.tokens_BT[:, 1].tolist()
+        return batch.prompts_EP[:, 0].tolist()
 
     assert draw(0) == draw(0) == sorted(set(draw(0)))
     assert draw(0) != draw(1)

@@ -14,7 +14,7 @@ from jaxplain.configs.simulation import PREDECESSOR_TEMPLATE, ReadoutConfig
 from jaxplain.mesh import make_mesh
 from jaxplain.simulators.finetuned import FinetunedSimulator
 from jaxplain.simulators.pairs import Batch
-from jaxplain.simulators.parts import decoder_of, parameters_of
+from jaxplain.simulators.parts import READOUT, decoder_of, parameters_of
 from jaxplain.simulators.simulation import Job
 from jaxplain.simulators.training import Trainer
 from jaxplain.subjects import saving
@@ -39,7 +39,7 @@ def tokens(explained):
 def folder(request, tmp_path_factory, tokens):
     config = tiny.VARIANTS["llama-gqa" if request.param == "untied" else "llama-mqa-tied"]
     config = config | {"max_position_embeddings": 256, "vocab_size": tokens + len(ADDED)}
-    return tiny.write_model(tmp_path_factory.mktemp("simulator"), config)
+    return tiny.write_model(tmp_path_factory.mktemp(request.param) / "simulator", config)
 
 
 @pytest.fixture(scope="module")
@@ -95,25 +95,47 @@ def test_loss_and_gradients_are_torch_s(folder, remat):
     import torch
 
     rng = np.random.default_rng(0)
-    tokens_BT = rng.integers(0, 370, (8, 30)).astype(np.int32)
-    levels_BT = np.where(rng.random((8, 30)) < 0.4, -1, rng.integers(0, 11, (8, 30))).astype(np.int32)
-    levels_BT[:, :9] = -1
+    batch = Batch(
+        prompts_EP=rng.integers(0, 370, (8, 9)).astype(np.int32),
+        tokens_EST=rng.integers(0, 370, (8, 2, 21)).astype(np.int32),
+        levels_EST=np.where(rng.random((8, 2, 21)) < 0.4, -1, rng.integers(0, 11, (8, 2, 21))).astype(
+            np.int32
+        ),
+    )
+    batch.prompts_EP[3, 5:] = -1
+    batch.tokens_EST[4, 1, 15:] = batch.levels_EST[4, 1, 15:] = -1
 
+    # Torch reads prompt and sequence anew for every sequence, one row of equal lengths after the other.
     model = torch_model(folder)
-    logits = model(torch.as_tensor(tokens_BT).long()).logits[..., :11]
-    targets = torch.as_tensor(levels_BT).long()
-    loss = torch.nn.functional.cross_entropy(logits.reshape(-1, 11), targets.reshape(-1), ignore_index=-1)
+    logits, targets = [], []
+    for e, prompt in enumerate(batch.prompts_EP):
+        for tokens, levels in zip(batch.tokens_EST[e], batch.levels_EST[e], strict=True):
+            sequence, row = tokens[tokens >= 0], prompt[prompt >= 0].tolist()
+            ids = torch.tensor([[*row, *sequence.tolist()]])
+            logits.append(model(ids).logits[0, len(row) :, :11])
+            targets.append(torch.as_tensor(levels[: len(sequence)]).long())
+    loss = torch.nn.functional.cross_entropy(torch.cat(logits), torch.cat(targets), ignore_index=-1)
     loss.backward()
 
     subject = open_subject(SubjectConfig(id=str(folder)))
     mesh = make_mesh(MeshConfig(data=4, model=2), batch_size=8, mlp_width=48)
-    config = TrainingConfig(parts="full", batch_size=8, compute_dtype="float32", clip=1e9, remat=remat)
+    config = TrainingConfig(
+        parts="full", batch_size=8, compute_dtype="float32", clip=1e9, remat=remat, reset_readout=False
+    )
     trainer = Trainer(subject.load(mesh, with_head=True), config, np.arange(11, dtype=np.int32), mesh)
     state = trainer.start()
-    arrays = [trainer._placed(x, 1)[0] for x in (tokens_BT, levels_BT)]
+    arrays = [array[0] for array in trainer._placed(batch, 1)]
     summed, gradient = jax.jit(jax.value_and_grad(trainer._loss))(state.trained, {}, *arrays)
-    count = (levels_BT >= 0).sum()
+    count = (batch.levels_EST >= 0).sum()
     assert float(summed) / count == pytest.approx(loss.item(), rel=1e-5)
+    name, at = (
+        ("head.unembedding_DV", np.s_[:, :11])
+        if folder.parent.name.startswith("untied")
+        else ("embedding_VD", np.s_[:11])
+    )
+    rows = gradient.pop(READOUT)
+    assert not gradient[name][at].any()  # what the rows stand in for
+    gradient[name] = gradient[name].at[at].set(rows.T if name.startswith("head") else rows)
     graph, _ = parameters_of(trainer.decoder(state))
     tensors = saving._tensors(decoder_of(graph, gradient), subject.family)
     named = dict(model.named_parameters())
@@ -124,7 +146,7 @@ def test_loss_and_gradients_are_torch_s(folder, remat):
         np.testing.assert_allclose(
             found, expected, atol=1e-4 * np.abs(expected).max(), rtol=0, err_msg=weight.source
         )
-    _, metrics = trainer.step(state, Batch(tokens_BT=tokens_BT, levels_BT=levels_BT))
+    _, metrics = trainer.step(state, batch)
     norm = np.sqrt(sum(float((p.grad**2).sum()) for p in model.parameters()))
     assert float(metrics.loss) == pytest.approx(loss.item(), rel=1e-5)
     assert float(metrics.gradient_norm) == pytest.approx(norm, rel=1e-4)

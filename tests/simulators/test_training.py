@@ -1,5 +1,7 @@
 """Steps of training: the same on every mesh and however a batch is cut; what is trained, and what is not."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,12 +13,12 @@ from jaxplain.errors import JaxplainError
 from jaxplain.mesh import make_mesh
 from jaxplain.simulators.pairs import Batch
 from jaxplain.simulators.parts import READOUT, parameters_of
-from jaxplain.simulators.training import Trainer, learning_rate, level_logits
+from jaxplain.simulators.training import Trainer, learning_rate
 from jaxplain.subjects.subject import open_subject
 from tests import tiny
 
 IDS = np.arange(11, dtype=np.int32)
-ROWS, TOKENS, STEPS = 16, 20, 4
+ROWS, TOGETHER, PROMPT, TOKENS, STEPS = 16, 2, 6, 14, 4
 # Two layers, so that programs are compiled sooner.
 UNTIED, TIED = (tiny.VARIANTS[name] | {"num_hidden_layers": 2} for name in ("llama-biases", "llama-mqa-tied"))
 PARTS = ["full", "last_layers", "lora"]
@@ -34,15 +36,22 @@ def folders(tmp_path_factory):
 def batches(count):
     rng = np.random.default_rng(0)
     for _ in range(count):
-        levels = rng.integers(0, 11, (ROWS, TOKENS)).astype(np.int32)
-        levels[:, :6] = -1
-        levels[rng.random((ROWS, TOKENS)) < 0.2] = -1
-        yield Batch(tokens_BT=rng.integers(0, 380, (ROWS, TOKENS)).astype(np.int32), levels_BT=levels)
+        shape = (ROWS, TOGETHER, TOKENS)
+        levels = rng.integers(0, 11, shape).astype(np.int32)
+        levels[rng.random(shape) < 0.2] = -1
+        prompts = rng.integers(0, 380, (ROWS, PROMPT)).astype(np.int32)
+        prompts[::3, 4:] = -1
+        yield Batch(
+            prompts_EP=prompts,
+            tokens_EST=rng.integers(0, 380, shape).astype(np.int32),
+            levels_EST=levels,
+        )
 
 
 def config(**fields):
     given = {"steps": 20, "batch_size": ROWS, "learning_rate": 3e-3, "warmup": 2, "compute_dtype": "float32"}
-    return TrainingConfig(**given | {"last_layers": 1, "lora": LoraConfig(rank=4)} | fields)
+    given |= {"last_layers": 1, "lora": LoraConfig(rank=4), "reset_readout": False, "readout_rate": 1.0}
+    return TrainingConfig(**given | fields)
 
 
 def trainer(folder, data=8, model=1, **fields):
@@ -61,13 +70,25 @@ def run(made, steps=STEPS):
     return losses, state
 
 
+def level_logits(decoder, batch):
+    """Logits of the levels at the sequences' tokens, by one plain pass over each."""
+    rows = np.zeros((ROWS, TOGETHER, PROMPT + TOKENS), np.int32)
+    lengths = (batch.prompts_EP >= 0).sum(1)
+    for e, length in enumerate(lengths):
+        rows[e, :, :length] = batch.prompts_EP[e, :length]
+        rows[e, :, length : length + TOKENS] = batch.tokens_EST[e]
+    x_BTD = decoder(jnp.asarray(rows.reshape((-1, rows.shape[-1]))))
+    logits = np.asarray(decoder.unembed(x_BTD, IDS), np.float64).reshape((*rows.shape, 11))
+    return np.stack([logits[e, :, length : length + TOKENS] for e, length in enumerate(lengths)])
+
+
 def by_hand(decoder, batch):
     """Mean cross-entropy, in float64."""
-    logits = np.asarray(level_logits(decoder, jnp.asarray(batch.tokens_BT), IDS), np.float64)
+    logits = level_logits(decoder, batch)
     logits -= logits.max(-1, keepdims=True)
     log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    places = np.argwhere(batch.levels_BT >= 0)
-    return -np.mean([log_probabilities[b, t, batch.levels_BT[b, t]] for b, t in places])
+    places = map(tuple, np.argwhere(batch.levels_EST >= 0))
+    return -np.mean([log_probabilities[place][batch.levels_EST[place]] for place in places])
 
 
 @pytest.mark.parametrize("parts", ["full", "lora"])
@@ -147,16 +168,14 @@ def test_evaluation_is_the_mean_over_tokens(folders):
     made = trainer(folders["tied"], parts="lora")
     state = made.start()
     given = list(batches(3))
-    empty = Batch(tokens_BT=given[0].tokens_BT, levels_BT=np.full((ROWS, TOKENS), -1, np.int32))
+    empty = dataclasses.replace(given[0], levels_EST=np.full_like(given[0].levels_EST, -1))
     found = made.evaluate(state, [*given, empty])
     decoder = made.decoder(state)
-    counts = [(batch.levels_BT >= 0).sum() for batch in given]
+    counts = [(batch.levels_EST >= 0).sum() for batch in given]
     losses = [by_hand(decoder, batch) for batch in given]
     assert found.loss == pytest.approx(np.average(losses, weights=counts), rel=1e-5)
-    logits = np.concatenate(
-        [np.asarray(level_logits(decoder, jnp.asarray(b.tokens_BT), IDS), np.float64) for b in given]
-    )
-    levels = np.concatenate([batch.levels_BT for batch in given])
+    logits = np.concatenate([level_logits(decoder, batch) for batch in given])
+    levels = np.concatenate([batch.levels_EST for batch in given])
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected, real = (probabilities @ np.arange(11))[levels >= 0], levels[levels >= 0]
     assert found.correlation == pytest.approx(np.corrcoef(expected, real)[0, 1], abs=1e-4)
@@ -203,7 +222,27 @@ def test_a_rank_of_zero_is_refused():
         LoraConfig(rank=0)
 
 
-def test_the_readout_s_rows_start_as_they_were(folders):
+@pytest.mark.parametrize("parts", PARTS)
+def test_the_readout_starts_at_zero_and_nothing_else_moves_at_first(folders, parts):
+    """Without a readout there is no gradient to anything below it."""
+    made = trainer(folders["tied"], parts=parts, reset_readout=True, weight_decay=0.0)
+    losses, state = run(made, steps=1)
+    assert losses[0] == pytest.approx(np.log(11), rel=1e-6)
+    before = made.start().trained
+    changed = {name for name in before if not np.array_equal(before[name], state.trained[name])}
+    assert changed == {READOUT}
+
+
+def test_the_readout_has_a_rate_of_its_own(folders):
+    rows = {}
+    for rate in (1.0, 10.0):
+        _, state = run(trainer(folders["tied"], reset_readout=True, weight_decay=0.0, readout_rate=rate), 1)
+        rows[rate] = np.asarray(state.trained[READOUT])
+    np.testing.assert_allclose(rows[10.0], 10 * rows[1.0], rtol=1e-5)
+    assert np.abs(rows[1.0]).max() == pytest.approx(3e-3 / 3, rel=0.01)  # Adam's first step, in the warm-up
+
+
+def test_the_readout_s_rows_may_start_as_they_were(folders):
     made = trainer(folders["tied"], parts="lora")
     _, parameters = parameters_of(made.decoder(made.start()))
     np.testing.assert_array_equal(made.start().trained[READOUT], np.asarray(parameters["embedding_VD"])[IDS])

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from jaxplain.configs.extraction import SubjectConfig
 from jaxplain.errors import JaxplainError
 from jaxplain.subjects import saving
-from jaxplain.subjects.growing import grow_vocabulary
+from jaxplain.subjects.resizing import as_whole_model, grow_vocabulary
 from jaxplain.subjects.saving import save_decoder
 from jaxplain.subjects.subject import open_subject
 from jaxplain.subjects.tokenizers import remapped_special_tokens, with_added_tokens
@@ -108,6 +108,15 @@ def with_remapped_tokens(subject, decoder):
     ids = tokenizer.convert_tokens_to_ids
     like = {ids(new): ids(old) for old, new in names.items()}
     return grow_vocabulary(decoder, 400, like=like), tokenizer, like
+
+
+def test_a_model_of_fewer_layers_is_saved_as_one(tmp_path):
+    subject, _ = opened(tiny.write_model(tmp_path / "source"))
+    decoder = as_whole_model(subject.load(make_mesh(), depth=2, with_head=True))
+    save_decoder(decoder, subject, tmp_path / "saved")
+    again, loaded = opened(tmp_path / "saved")
+    assert again.arch.layers == 2
+    assert_tensors(parameters(loaded), parameters(decoder))
 
 
 @pytest.mark.parametrize("variant", ["llama-gqa", "llama-mqa-tied"])
@@ -224,6 +233,17 @@ def test_an_interrupted_write_leaves_no_torn_folder(overwrite, tmp_path, monkeyp
     save_decoder(decoder, subject, folder, overwrite=overwrite)
     assert_tensors(load_file(folder / "model.safetensors"), tiny.tensors(tiny.LLAMA))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved", "source"]
+
+
+@pytest.mark.parity
+def test_torch_reads_a_model_of_fewer_layers(tmp_path):
+    folder = tiny.write_model(tmp_path / "source", seed=3)
+    subject, _ = opened(folder)
+    decoder = as_whole_model(subject.load(make_mesh(), depth=2, with_head=True))
+    save_decoder(decoder, subject, tmp_path / "saved")
+    _, expected = reference.torch_activations(tmp_path / "saved", reference.TOKENS_BT)
+    found = np.asarray(decoder.logits(jnp.asarray(reference.TOKENS_BT, jnp.int32)))
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
 
 
 @pytest.mark.parity

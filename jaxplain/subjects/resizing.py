@@ -1,4 +1,4 @@
-"""More rows in a decoder's embedding, for tokens that its tokenizer gained."""
+"""A decoder with more rows in its embedding, for tokens that its tokenizer gained, or with fewer layers."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -53,6 +53,15 @@ def grow_vocabulary(decoder: Decoder, rows: int, *, like: Mapping[int, int]) -> 
         variable.set_value(_taken(value, sources_V, letters.index("V")) if "V" in letters else value)
     nnx.update(grown, state)
     return grown
+
+
+def as_whole_model(decoder: Decoder) -> Decoder:
+    """A decoder of the first layers of a checkpoint, as a model that has no others; its arrays are shared."""
+    arch = dataclasses.replace(decoder.arch, layers=len(decoder.layers))
+    graph, state = nnx.split(decoder)
+    whole = nnx.merge(graph, state)
+    whole.arch = arch
+    return whole
 
 
 def _taken(table: jax.Array, sources_V: np.ndarray, axis: int) -> jax.Array:

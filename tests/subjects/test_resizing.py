@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from jaxplain.configs.extraction import SubjectConfig
-from jaxplain.subjects.growing import grow_vocabulary
+from jaxplain.subjects.resizing import as_whole_model, grow_vocabulary
 from jaxplain.subjects.subject import open_subject
 from tests import tiny
 from tests.subjects.test_decoder import make_mesh
@@ -76,6 +76,19 @@ def test_tied_and_headless_decoders_grow_their_embedding(tmp_path):
     assert headless.embedding_VD[...].shape == (400, 32)
     assert len(headless.layers) == 2
     assert headless.head is None
+
+
+def test_the_first_layers_are_a_model_of_their_own(tmp_path):
+    decoder = load(tmp_path, depth=2)
+    tokens_BT = jnp.array([[5, 6, 7, 8]])
+    with pytest.raises(ValueError, match="all layers"):
+        decoder.logits(tokens_BT)
+    whole = as_whole_model(decoder)
+    assert whole.arch.layers == 2
+    assert whole.embedding_VD[...] is decoder.embedding_VD[...]
+    np.testing.assert_array_equal(whole(tokens_BT), decoder(tokens_BT))
+    assert whole.logits(tokens_BT).shape == (1, 4, 384)
+    assert decoder.arch.layers == 3
 
 
 def test_the_mean_of_bfloat16_is_taken_in_float32(tmp_path):
