@@ -1,5 +1,6 @@
 """What is trained on and what is held out."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -140,6 +141,13 @@ def test_explanations_that_are_too_long_are_counted(dataset, readout, explanatio
 def test_empty_sets_are_refused(dataset, fields, said):
     with pytest.raises(JaxplainError, match=said):
         dataset(**fields)
+
+
+@pytest.mark.parametrize("place", [{"layer": 77}, {"index": 999}])
+def test_an_explanation_of_an_unknown_neuron_is_refused(split, readout, explanations, place):
+    strange = dataclasses.replace(explanations[0], **place)
+    with pytest.raises(JaxplainError, match=f"{next(iter(place.values()))} is not in the store"):
+        make_dataset([*explanations, strange], split, CONFIG, readout, longest_row=256)
 
 
 def test_rows_longer_than_the_model_reads_are_refused(split, readout, explanations):
