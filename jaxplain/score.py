@@ -25,6 +25,8 @@ def main(arguments: Sequence[str]) -> None:
     parser = config_parser(ScoreConfig, prog="python -m jaxplain.score")
     config, _ = parse_config(parser, ScoreConfig, arguments)
     require_plots()
+    if config.output is not None:
+        _make(Path(config.output))  # before hours of scoring
     scored = score(config)
     rows = summarise(scored.explanations, config.bootstrap)
     console = Console()
@@ -105,7 +107,10 @@ def _say_best(scored: Scored, config: ScoreConfig, console: Console) -> None:
 def _report_folder(config: ScoreConfig) -> Path:
     database = open_store(config.store).database_path(config.explanations)
     assert database is not None  # what was scored
-    folder = database.parent / "reports" if config.output is None else Path(config.output)
+    return _make(database.parent / "reports" if config.output is None else Path(config.output))
+
+
+def _make(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

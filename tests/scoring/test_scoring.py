@@ -215,6 +215,14 @@ def test_calibration_is_fitted_on_its_own_split(run, method, explained):
                 assert of[score.metric, score.sequences] == pytest.approx(sign * score.value, abs=1e-6)
 
 
+def test_an_output_that_cannot_be_made_is_found_before_any_work(run, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(JaxplainError, match="which cannot be made: Not a directory"):
+        run(output=str(tmp_path / "file" / "reports"))
+    with sqlite3.connect(tmp_path / "scored" / "explanations.sqlite") as database:
+        assert not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'simulations'").fetchall()
+
+
 def test_an_explanation_that_calibration_cannot_be_fitted_for_costs_the_others_nothing(run, monkeypatch):
     folder = run(calibration={"method": "none"})
     with sqlite3.connect(folder / "explanations.sqlite") as database:
