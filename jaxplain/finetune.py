@@ -18,8 +18,8 @@ def main(arguments: Sequence[str]) -> None:
     if dataset.too_long:
         print(f"{dataset.too_long} explanations are longer than pairs.longest_prompt and were left out")
     print(
-        f"{len(dataset.train):,} pairs over {dataset.neurons[0]:,} neurons trained on, "
-        f"{len(dataset.held_out):,} over {dataset.neurons[1]:,} neurons held out"
+        f"{len(dataset.train):,} explanations of {dataset.neurons[0]:,} neurons trained on, "
+        f"{len(dataset.held_out):,} of {dataset.neurons[1]:,} neurons held out"
     )
     print(
         f"held out, step {done.step}: cross-entropy {held_out.loss:.4f} (best constant prediction "

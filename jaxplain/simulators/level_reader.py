@@ -20,8 +20,8 @@ from jaxplain.errors import JaxplainError
 from jaxplain.simulators.reading import NO_TOKEN, read_sequences
 from jaxplain.subjects.decoder import Cache, Decoder
 
-# Widths come in multiples of these, so that few programs are compiled.
-_PROMPT_STEP, _SEQUENCE_STEP = 16, 32
+# Widths are few, since each pair of them is a program to compile.
+_PROMPT_STEP, _SEQUENCE_STEP = 64, 32
 _BATCHES_AT_ONCE = 8  # read together, so that prompts of like length share a batch
 
 
@@ -126,6 +126,8 @@ def _take(asked: Iterator[Asked], sequences: int) -> list[Asked]:
 
 
 def _padded(tokens: int, step: int) -> int:
+    """The next multiple of a step that grows with the width, to at most four widths in an octave."""
+    step = max(step, 2 ** ((tokens - 1).bit_length() - 3))
     return math.ceil(tokens / step) * step
 
 

@@ -30,9 +30,9 @@ and at each token of the text, {logits} are those of the levels 0 to 10.
 | the same of the best constant prediction | {constant_loss:.4f} |
 | correlation of expected with real levels | {correlation:.3f} |
 
-Trained by `jaxplain` from {base}: {steps} of at most {most} steps of {batch} sequences, {parts},
-learning rate {rate:g}; the step with the lowest held-out loss was kept. {train} pairs of explanation and
-sequence over {train_neurons} neurons to train on, {held} over {held_neurons} neurons held out;
+Trained by `jaxplain` from {base}{depth}: {steps} of at most {most} steps of {batch} explanations with up to
+{together} sequences each, {parts}, learning rate {rate:g}; the step with the lowest held-out loss was kept.
+{train} explanations of {train_neurons} neurons to train on, {held} of {held_neurons} neurons held out;
 explanations of {subject} by {providers}.
 
 ![Loss and correlation over training](curves.png)
@@ -59,6 +59,7 @@ def write_model_card(
     training = config.training
     text = _CARD.format(
         base=config.model.id,
+        depth="" if config.depth is None else f"'s first {config.depth} layers",
         subject=store.attributes["subject"]["id"],
         template=config.readout.template.replace("\n", "\\n"),
         logits=_LOGITS[config.readout.logits],
@@ -68,6 +69,7 @@ def write_model_card(
         steps=step,
         most=training.steps,
         batch=training.batch_size,
+        together=config.pairs.top + config.pairs.random,
         parts=_PARTS[training.parts].format(layers=training.last_layers, rank=training.lora.rank),
         rate=training.learning_rate,
         train=f"{len(dataset.train):,}",
