@@ -21,7 +21,7 @@ from jaxplain.simulators.reading import NO_TOKEN, read_sequences
 from jaxplain.subjects.decoder import Cache, Decoder
 
 # Widths are few, since each pair of them is a program to compile.
-_PROMPT_STEP, _SEQUENCE_STEP = 64, 32
+_PROMPT_STEP, _SEQUENCE_STEP = 16, 32
 _BATCHES_AT_ONCE = 8  # read together, so that prompts of like length share a batch
 
 
