@@ -1,7 +1,8 @@
 """Attention of queries over keys and values, with logits and sums in float32.
 
-On a CPU it takes about half the time of `jax.nn.dot_product_attention` forwards, and up to three quarters with
-the gradient. Keys and values lie in memory as the products want them, and query heads that share a key head are rows of one product.
+On a CPU it takes about half the time of `jax.nn.dot_product_attention` forwards, and up to three quarters
+with the gradient. Keys and values lie in memory as the products want them, and query heads that share a key
+head are rows of one product.
 """
 
 import jax
