@@ -2,8 +2,13 @@
 
 On a CPU it takes about half the time of `jax.nn.dot_product_attention` forwards, and up to three quarters
 with the gradient. Keys and values lie in memory as the products want them, and query heads that share a key
-head are rows of one product.
+head are rows of one product. A CPU takes a block of queries at a time, whose logits stay in its caches, which
+doubles its speed at long sequences.
 """
+
+import functools
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 _FLOAT32 = jnp.dtype("float32")
 _NEVER = -1e30  # a logit whose token is not attended to; finite, since a padded row attends to none
+_LOGITS_AT_ONCE = 2**21  # on a CPU
 
 Prefix = tuple[Float[Array, "1 K C P"], Float[Array, "1 K P C"]]
 
@@ -46,6 +52,45 @@ def attend(
 
     The prefix is read once for all rows (as in Hydragen, Juravsky et al., 2024).
     """
+    b, t, h, _ = query_BTHC.shape
+    slots = keys_BKCS.shape[3] + (0 if prefix is None else prefix[0].shape[3])
+    blocks = math.ceil(b * t * h * slots / _LOGITS_AT_ONCE)
+    whole = functools.partial(_attend, keys_BKCS=keys_BKCS, values_BKSC=values_BKSC, prefix=prefix)
+    if blocks <= 2:  # a loop is not worth it, least of all with the gradient
+        return whole(query_BTHC, seen_BTS, prefix_seen_BTP)
+    return jax.lax.platform_dependent(
+        query_BTHC,
+        seen_BTS,
+        prefix_seen_BTP,
+        cpu=functools.partial(_by_blocks, whole, min(blocks, t)),
+        default=whole,
+    )
+
+
+def _by_blocks(
+    whole: Callable[..., Array], blocks: int, query_BTHC: Array, *seen: Array | None
+) -> Float[Array, "B T H C"]:
+    """What `whole` gives, from that many blocks of positions T one after another."""
+    positions = query_BTHC.shape[1]
+    size = math.ceil(positions / blocks)
+
+    def cut(array: Array) -> Array:
+        widths = [(0, 0), (0, blocks * size - positions)] + [(0, 0)] * (array.ndim - 2)
+        rows = array.shape[0]
+        return jnp.pad(array, widths).reshape((rows, blocks, size, *array.shape[2:])).swapaxes(0, 1)
+
+    found = jax.lax.map(lambda block: whole(*block), jax.tree.map(cut, (query_BTHC, *seen))).swapaxes(0, 1)
+    return found.reshape((found.shape[0], blocks * size, *found.shape[3:]))[:, :positions]
+
+
+def _attend(
+    query_BTHC: Float[Array, "B T H C"],
+    seen_BTS: Bool[Array, "#B T S"],
+    prefix_seen_BTP: Bool[Array, "B T P"] | None,
+    keys_BKCS: Float[Array, "B K C S"],
+    values_BKSC: Float[Array, "B K S C"],
+    prefix: Prefix | None,
+) -> Float[Array, "B T H C"]:
     b, t, h, c = query_BTHC.shape
     k = keys_BKCS.shape[1]
     query_BKGTC = query_BTHC.reshape((b, t, k, h // k, c)).transpose(0, 2, 3, 1, 4) * c**-0.5

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxplain.subjects import attention
 from jaxplain.subjects.attention import attend, causal_attention
 
 
@@ -56,6 +57,27 @@ def test_a_prefix_counts_as_if_its_slots_were_the_row_s_own():
         jnp.concatenate([prefix_seen, seen], axis=2),
     )
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("logits_at_once", [1, 500])
+def test_blocks_of_queries_give_what_all_of_them_give(monkeypatch, logits_at_once):
+    query, keys, values, prefix_keys, prefix_values = draw(
+        (3, 7, 6, 8), (3, 2, 8, 5), (3, 2, 5, 8), (1, 2, 8, 7), (1, 2, 7, 8)
+    )
+    rng = np.random.default_rng(1)
+    seen, prefix_seen = (jnp.asarray(rng.random((3, 7, slots)) < 0.6) for slots in (5, 7))
+
+    def both(query, keys, values):
+        with_prefix = attend(query, keys, values, seen, (prefix_keys, prefix_values), prefix_seen)
+        return with_prefix, attend(query, keys, values, seen[:1])
+
+    whole, back_whole = jax.vjp(both, query, keys, values)
+    monkeypatch.setattr(attention, "_LOGITS_AT_ONCE", logits_at_once)
+    assert "while" in jax.jit(both).lower(query, keys, values).as_text()
+    found, back = jax.vjp(both, query, keys, values)
+    np.testing.assert_allclose(found, whole, atol=1e-5)
+    for one, other in zip(back(found), back_whole(whole), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
 
 
 def test_a_position_that_attends_to_nothing_is_finite():
