@@ -18,8 +18,8 @@ HeadNorm = Literal["shared", "per_head", "joint"]
 all heads together."""
 
 Residual = Literal["sequential", "parallel", "parallel_one_norm"]
-"""What the MLP reads: the stream with the attention's output in it, or the stream that attention reads, through
-a norm of its own or through the attention's."""
+"""What the MLP reads: the stream with the attention's output in it, or the stream that attention reads,
+through its own norm or the attention's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -55,7 +55,8 @@ def attend(
     """Attention over a cache and a prefix.
 
     Logits are multiplied by `scale`, C ** -0.5 where that is not given, and then, where there is a `softcap`,
-    bounded by it (softcap * tanh(logit / softcap); Gemma 2). The prefix is read once for all rows (as in Hydragen, Juravsky et al., 2024).
+    bounded by it (softcap * tanh(logit / softcap); Gemma 2). The prefix is read once for all rows (as in
+    Hydragen, Juravsky et al., 2024).
     """
     b, t, h, c = query_BTHC.shape
     k = keys_BKCS.shape[1]

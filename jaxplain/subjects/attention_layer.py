@@ -82,9 +82,7 @@ class Attention(nnx.Module):
         )
         return self._output(mixed_BTHC), keys_BKCS, values_BKSC
 
-    def _projections(
-        self, x_BTD: Float[Array, "B T D"], rotary: RotaryTables
-    ) -> tuple[Array, Array, Array]:
+    def _projections(self, x_BTD: Float[Array, "B T D"], rotary: RotaryTables) -> tuple[Array, Array, Array]:
         """Queries, keys and values, the first two normalised and rotated."""
         query_BTHC, key_BTKC, value_BTKC = (
             project_heads(x_BTD, weight[...]) for weight in (self.query_DHC, self.key_DKC, self.value_DKC)

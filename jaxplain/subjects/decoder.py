@@ -47,7 +47,7 @@ class Cache(NamedTuple):
 
 
 class Block(nnx.Module):
-    """One transformer layer: attention and an MLP, which add to the residual stream what they read from it."""
+    """One transformer layer: attention and an MLP, which read the residual stream and add to it."""
 
     def __init__(self, arch: Architecture, layer: int, rngs: nnx.Rngs, dtype: jnp.dtype):
         def norm(there: bool) -> Norm | None:

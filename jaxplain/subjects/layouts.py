@@ -54,19 +54,16 @@ def write_parameter(tensor: np.ndarray, weight: Weight, arch: Architecture, valu
 class _Place:
     """The indices along one of the source's axes that a part of a parameter takes.
 
-    `letters` are the parameter's axes that lie along it, and `shape` how much of each is wanted; `span` holds
-    all of the indices, `within` is where they are in it, and `is_whole` says that they are all of it in order.
+    `letters` are the parameter's axes that lie along it, and `shape` how much of each is wanted. `span` holds
+    all of the indices, `within` is where in it they are, and `is_whole` says that they are all of it, in
+    order.
     """
 
     def __init__(self, factors: _Factors, weight: Weight, arch: Architecture, index: Sequence[slice]):
         sizes, letters = arch.sizes, _letters(weight)
         own = [terms[weight.part] if len(terms) > 1 else terms[0] for terms in factors]
         self.letters = list(dict.fromkeys(_owner(letter, letters) for letter in own if letter != "1"))
-        ranges = [
-            np.arange(sizes[letter])[wanted]
-            for letter in self.letters
-            for wanted in (index[letters.index(letter)],)
-        ]
+        ranges = [np.arange(sizes[letter])[index[letters.index(letter)]] for letter in self.letters]
         self.shape = [len(each) for each in ranges]
         coordinates = dict(zip(self.letters, np.ix_(*ranges), strict=True))
         indices = np.zeros(self.shape, np.int64)
@@ -80,10 +77,10 @@ class _Place:
             elif letter == "G":
                 indices = indices + coordinates["H"] % sizes["G"]
         flat = indices.reshape(-1)
-        first, last = (int(flat.min()), int(flat.max())) if len(flat) else (0, -1)
-        self.span = slice(first, last + 1)
-        self.within = flat - first
-        self.is_whole = bool((self.within == np.arange(last + 1 - first)).all()) if len(flat) else True
+        start, stop = (int(flat.min()), int(flat.max()) + 1) if flat.size else (0, 0)
+        self.span = slice(start, stop)
+        self.within = flat - start
+        self.is_whole = np.array_equal(self.within, np.arange(stop - start))
 
 
 def _letters(weight: Weight) -> str:

@@ -56,9 +56,7 @@ def save_decoder(
     arch = decoder.arch
     if decoder.head is None or len(decoder.layers) != arch.layers:
         raise ValueError("saving needs a decoder with all layers and with_head=True")
-    resized = dataclasses.replace(
-        subject.arch.with_first_layers(arch.layers), vocabulary=arch.vocabulary
-    )
+    resized = dataclasses.replace(subject.arch.with_first_layers(arch.layers), vocabulary=arch.vocabulary)
     if arch != resized:
         raise ValueError("the decoder's architecture is not the subject's")
     tokenizer = subject.tokenizer if tokenizer is None else tokenizer

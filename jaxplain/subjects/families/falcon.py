@@ -1,9 +1,17 @@
-"""Falcon: attention and MLP side by side, queries, keys and values fused in the groups that share a key head."""
+"""Falcon: attention and MLP mostly side by side, and queries fused with the key and value that they share."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from jaxplain.subjects.families.attributes import GENERIC, TRAINING, activation, only, query_heads, rotary, to_all
+from jaxplain.subjects.families.attributes import (
+    GENERIC,
+    TRAINING,
+    activation,
+    only,
+    query_heads,
+    rotary,
+    to_all,
+)
 from jaxplain.subjects.families.family import Family, Weight, layer_weights
 
 

@@ -13,7 +13,6 @@ from jaxplain.subjects.families.attributes import (
     only,
     partial_rotary,
     query_heads,
-    rotary,
     to_all,
 )
 from jaxplain.subjects.families.family import Family, Weight, layer_weights
@@ -87,8 +86,7 @@ GPT2 = Family(
     },
     ignored=_GPT_IGNORED
     | {"reorder_and_upcast_attn": "attention's logits and sums are always in float32 here"},
-    fixed=_FIXED
-    | {"rotary": None, "attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
+    fixed=_FIXED | {"rotary": None, "attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
     weights=(
         *_ends("transformer.wte", "transformer.ln_f"),
         Weight(source="transformer.wpe.weight", target="position_ND", axes="N D"),
@@ -114,9 +112,7 @@ GPT2 = Family(
 )
 
 
-def _rotary_dim(coordinates: int | None, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    if coordinates is None:
-        raise ValueError("it must be the number of coordinates to rotate")
+def _rotary_dim(coordinates: int, config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"rotary": Rotary(coordinates=coordinates, interleaved=True)}
 
 
@@ -192,7 +188,6 @@ GPT_NEOX = Family(
     ignored_tensors=_MASKS,
     older_names=((r"^lm_head\.", "embed_out."),),
 )
-
 
 
 def _opt_positions(count: int, config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -188,8 +188,7 @@ COHERE = Family(
         "use_qk_norm": lambda used, config: {"head_norm": "per_head" if used else None},
         "logit_scale": "logit_scale",
     },
-    ignored=GENERIC
-    | {"pretraining_tp": "sums the same products in another order", "max_length": TOKENIZER},
+    ignored=GENERIC | {"pretraining_tp": "sums the same products in another order", "max_length": TOKENIZER},
     fixed={"norm": "layer_without_bias", "residual": "parallel_one_norm"},
     weights=(
         EMBEDDING,
