@@ -76,9 +76,9 @@ def attend(
         )
         prefix_highest, prefix_total, prefix_mixed_BKGTC = (part.swapaxes(0, 1) for part in parts)
         common = jnp.maximum(highest, prefix_highest)
-        scale, prefix_scale = jnp.exp(highest - common), jnp.exp(prefix_highest - common)
-        total = scale * total + prefix_scale * prefix_total
-        mixed_BKGTC = scale * mixed_BKGTC + prefix_scale * prefix_mixed_BKGTC
+        own_scale, prefix_scale = jnp.exp(highest - common), jnp.exp(prefix_highest - common)
+        total = own_scale * total + prefix_scale * prefix_total
+        mixed_BKGTC = own_scale * mixed_BKGTC + prefix_scale * prefix_mixed_BKGTC
     mixed_BKGTC = (mixed_BKGTC / total).astype(query_BTHC.dtype)
     return mixed_BKGTC.transpose(0, 3, 1, 2, 4).reshape(query_BTHC.shape)
 

@@ -25,7 +25,8 @@ from jaxplain.subjects.parameters import random_parameter
 from jaxplain.subjects.rotary import rotary_tables
 
 _FLOAT32 = jnp.dtype("float32")
-_Kind, _Made = TypeVar("_Kind"), TypeVar("_Made")
+_Kind = TypeVar("_Kind")
+_Made = TypeVar("_Made")
 
 
 def _exact_products() -> contextlib.AbstractContextManager[None]:

@@ -61,15 +61,15 @@ class _Place:
 
     def __init__(self, factors: _Factors, weight: Weight, arch: Architecture, index: Sequence[slice]):
         sizes, letters = arch.sizes, _letters(weight)
-        own = [terms[weight.part] if len(terms) > 1 else terms[0] for terms in factors]
+        own = [terms[_part(terms, weight)] for terms in factors]
         self.letters = list(dict.fromkeys(_owner(letter, letters) for letter in own if letter != "1"))
         ranges = [np.arange(sizes[letter])[index[letters.index(letter)]] for letter in self.letters]
         self.shape = [len(each) for each in ranges]
         coordinates = dict(zip(self.letters, np.ix_(*ranges), strict=True))
         indices = np.zeros(self.shape, np.int64)
         for terms, letter in zip(factors, own, strict=True):
-            before = terms[: weight.part] if len(terms) > 1 else ()
-            indices = indices * _total(terms, sizes) + _total(before, sizes)
+            before = _total(terms[: _part(terms, weight)], sizes)
+            indices = indices * _total(terms, sizes) + before
             if letter in coordinates:
                 indices = indices + coordinates[letter]
             elif letter == "K":
@@ -81,6 +81,11 @@ class _Place:
         self.span = slice(start, stop)
         self.within = flat - start
         self.is_whole = np.array_equal(self.within, np.arange(stop - start))
+
+
+def _part(terms: tuple[str, ...], weight: Weight) -> int:
+    """Which of the terms that lie one after the other is the parameter's."""
+    return weight.part if len(terms) > 1 else 0
 
 
 def _letters(weight: Weight) -> str:

@@ -13,7 +13,7 @@ STORAGE = "describes the files, not the arithmetic"
 CLASSIFICATION = "belongs to classification heads"
 LAYER_TYPES = "transformers has put it into layer_types"
 
-GENERIC: Mapping[str, str] = {
+GENERIC: dict[str, str] = {
     "transformers_version": STORAGE,
     "architectures": "the model_type decides; heads are not used",
     "model_type": "selects the family",
@@ -91,7 +91,7 @@ def head_width(config: Mapping[str, Any]) -> int:
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
-def query_heads(count: int, config: Mapping[str, Any]) -> Mapping[str, Any]:
+def query_heads(count: int, config: Mapping[str, Any]) -> dict[str, Any]:
     """The number of query heads, in a config that need not give their width."""
     return {"query_heads": count, "head_width": head_width(config)}
 

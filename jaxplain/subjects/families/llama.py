@@ -7,7 +7,6 @@ from jaxplain.subjects.families.attributes import (
     GENERIC,
     LAYER_TYPES,
     STORAGE,
-    TOKENIZER,
     TRAINING,
     activation,
     layer_types,
@@ -20,7 +19,7 @@ from jaxplain.subjects.families.attributes import (
 )
 from jaxplain.subjects.families.family import Family, Meaning, Weight, layer_weights
 
-LLAMA_ATTRIBUTES: Mapping[str, Meaning] = {
+LLAMA_ATTRIBUTES: dict[str, Meaning] = {
     "vocab_size": "vocabulary",
     "num_hidden_layers": "layers",
     "hidden_size": "width",
@@ -188,7 +187,7 @@ COHERE = Family(
         "use_qk_norm": lambda used, config: {"head_norm": "per_head" if used else None},
         "logit_scale": "logit_scale",
     },
-    ignored=GENERIC | {"pretraining_tp": "sums the same products in another order", "max_length": TOKENIZER},
+    ignored=GENERIC | {"pretraining_tp": "sums the same products in another order"},
     fixed={"norm": "layer_without_bias", "residual": "parallel_one_norm"},
     weights=(
         EMBEDDING,
