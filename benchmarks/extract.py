@@ -33,7 +33,8 @@ from jaxplain.exemplars.reduction import KINDS, LayerReduction, Rows, empty_redu
 from jaxplain.exemplars.step import Reductions, make_step
 from jaxplain.exemplars.topk import TopK
 from jaxplain.mesh import make_mesh
-from jaxplain.subjects.decoder import MLP_ACTIVATION, Decoder, Sown
+from jaxplain.subjects.decoder import Decoder
+from jaxplain.subjects.mlp import MLP_ACTIVATION, Sown
 from jaxplain.subjects.subject import Subject, open_subject
 
 CALIBRATION_BATCHES = 8

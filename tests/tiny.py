@@ -7,6 +7,8 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tests import families
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
 )
@@ -33,7 +35,7 @@ MISTRAL = LLAMA | {
     "sliding_window": None,
 }
 
-VARIANTS = {
+LLAMA_VARIANTS = {
     "llama-mha": LLAMA | {"num_key_value_heads": 4},
     "llama-gqa": LLAMA,
     "llama-mqa-tied": LLAMA | {"num_key_value_heads": 1, "tie_word_embeddings": True},
@@ -55,9 +57,13 @@ VARIANTS = {
 }
 """Every part of the Llama family's arithmetic, each in some variant."""
 
+VARIANTS = LLAMA_VARIANTS | families.VARIANTS
+
 
 def tensors(config, seed=0):
-    """Random weights of a Llama-like model, under their Hugging Face names."""
+    """Random weights of a model, under their Hugging Face names."""
+    if config["model_type"] not in ("llama", "mistral"):
+        return families.tensors(config, seed)
     rng = np.random.default_rng(seed)
     d, f, h, k = (
         config["hidden_size"],

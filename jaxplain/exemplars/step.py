@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from jaxplain.exemplars.reduction import Fold, LayerReduction, Rows
-from jaxplain.subjects.decoder import MLP_ACTIVATION, Decoder, Sown
+from jaxplain.subjects.decoder import Decoder
+from jaxplain.subjects.mlp import MLP_ACTIVATION, Sown
 
 Reductions = dict[int, LayerReduction]
 Step = Callable[[Reductions, nnx.State, Rows, Mapping[int, Array]], Reductions]

@@ -65,7 +65,7 @@ def divide(
         trained = {
             name: value
             for name, value in parameters.items()
-            if name == "head.norm.scale_D" or ".".join(name.split(".")[:2]) in kept
+            if name.startswith("head.norm.") or ".".join(name.split(".")[:2]) in kept
         }
     rows_LD = unembedding_rows(parameters, level_ids)
     trained[READOUT] = jnp.zeros_like(rows_LD) if config.reset_readout else rows_LD
@@ -127,7 +127,7 @@ def fully_sharded(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedShardin
 
 def decays(name: str, value: Array) -> bool:
     """Whether weight decay applies: to matrices, not to norms and biases."""
-    return value.ndim > 1 and "bias" not in name
+    return value.ndim > 1 and "bias" not in name and "norm" not in name
 
 
 def _low_rank(parameters: Parameters, config: TrainingConfig) -> Parameters:

@@ -160,7 +160,7 @@ class Trainer:
         dtype = jnp.dtype(self._config.compute_dtype)
         decoder = decoder_of(self._graph, self._assembled(trained, frozen, dtype))
         x_BTD = read_sequences(decoder, prompts_EP, tokens_EST, remat=self._config.remat)
-        logits_BTL = decoder.unembed_by(x_BTD, trained[READOUT].astype(dtype))
+        logits_BTL = decoder.unembed_by(x_BTD, trained[READOUT].astype(dtype), self._level_ids)
         return jax.nn.log_softmax(logits_BTL).reshape((*tokens_EST.shape, LEVELS))
 
     def _loss(

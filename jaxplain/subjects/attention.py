@@ -27,8 +27,14 @@ def causal_attention(
     key_BTKC: Float[Array, "B T K C"],
     value_BTKC: Float[Array, "B T K C"],
     window: int | None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B T H C"]:
-    """Attention of each position to itself and those before it, `window` in all where that is given."""
+    """Attention of each position to itself and those before it, `window` in all where that is given.
+
+    `scale` and `softcap` are those of `attend`.
+    """
     at_T = np.arange(query_BTHC.shape[1])
     distance_TT = at_T[:, None] - at_T[None]
     seen_TT = (distance_TT >= 0) & (distance_TT < (window or len(at_T)))
@@ -37,6 +43,8 @@ def causal_attention(
         key_BTKC.transpose(0, 2, 3, 1),
         value_BTKC.swapaxes(1, 2),
         jnp.asarray(seen_TT)[None],
+        scale=scale,
+        softcap=softcap,
     )
 
 
@@ -47,10 +55,15 @@ def attend(
     seen_BTS: Bool[Array, "#B T S"],
     prefix: Prefix | None = None,
     prefix_seen_BTP: Bool[Array, "B T P"] | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B T H C"]:
     """Attention over a cache and a prefix.
 
-    The prefix is read once for all rows (as in Hydragen, Juravsky et al., 2024).
+    Logits are multiplied by `scale`, C ** -0.5 where that is not given, and then, where there is a `softcap`,
+    bounded by it (softcap * tanh(logit / softcap); Gemma 2). The prefix is read once for all rows (as in
+    Hydragen, Juravsky et al., 2024).
     """
     b, t, h, _ = query_BTHC.shape
     slots = keys_BKCS.shape[3] + (0 if prefix is None else prefix[0].shape[3])
@@ -93,19 +106,25 @@ def _attend(
 ) -> Float[Array, "B T H C"]:
     b, t, h, c = query_BTHC.shape
     k = keys_BKCS.shape[1]
-    query_BKGTC = query_BTHC.reshape((b, t, k, h // k, c)).transpose(0, 2, 3, 1, 4) * c**-0.5
+    query_BKGTC = query_BTHC.reshape((b, t, k, h // k, c)).transpose(0, 2, 3, 1, 4)
+    query_BKGTC = query_BKGTC * (c**-0.5 if scale is None else scale)
     highest, total, mixed_BKGTC = _unnormalised(
-        query_BKGTC, keys_BKCS, values_BKSC, seen_BTS[:, None, None], leading=2
+        query_BKGTC, keys_BKCS, values_BKSC, seen_BTS[:, None, None], leading=2, softcap=softcap
     )
     if prefix is not None and prefix_seen_BTP is not None:
         parts = _unnormalised(
-            query_BKGTC.swapaxes(0, 1), prefix[0][0], prefix[1][0], prefix_seen_BTP[None, :, None], leading=1
+            query_BKGTC.swapaxes(0, 1),
+            prefix[0][0],
+            prefix[1][0],
+            prefix_seen_BTP[None, :, None],
+            leading=1,
+            softcap=softcap,
         )
         prefix_highest, prefix_total, prefix_mixed_BKGTC = (part.swapaxes(0, 1) for part in parts)
         common = jnp.maximum(highest, prefix_highest)
-        scale, prefix_scale = jnp.exp(highest - common), jnp.exp(prefix_highest - common)
-        total = scale * total + prefix_scale * prefix_total
-        mixed_BKGTC = scale * mixed_BKGTC + prefix_scale * prefix_mixed_BKGTC
+        own_scale, prefix_scale = jnp.exp(highest - common), jnp.exp(prefix_highest - common)
+        total = own_scale * total + prefix_scale * prefix_total
+        mixed_BKGTC = own_scale * mixed_BKGTC + prefix_scale * prefix_mixed_BKGTC
     mixed_BKGTC = (mixed_BKGTC / total).astype(query_BTHC.dtype)
     return mixed_BKGTC.transpose(0, 3, 1, 2, 4).reshape(query_BTHC.shape)
 
@@ -117,6 +136,7 @@ def _unnormalised(
     seen: Bool[Array, "*#rows S"],
     *,
     leading: int,
+    softcap: float | None,
 ) -> tuple[Float[Array, "*rows 1"], Float[Array, "*rows 1"], Float[Array, "*rows C"]]:
     """The highest logit, the sum of exp(logit - highest), and values weighted with those.
 
@@ -126,6 +146,8 @@ def _unnormalised(
     sets, rows = query.shape[:leading], query.shape[:-1]
     together = query.reshape((*sets, -1, query.shape[-1]))
     logits = jnp.matmul(together, keys, preferred_element_type=_FLOAT32).reshape((*rows, keys.shape[-1]))
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
     logits = jnp.where(seen, logits, _NEVER)
     highest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     weights = jnp.exp(logits - highest)

@@ -8,9 +8,8 @@ query head, head width. Sharding (`loading.partition`) and the family tables rel
 """
 
 import contextlib
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,47 +17,21 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxplain.subjects.architecture import Architecture
-from jaxplain.subjects.attention import Prefix, attend, causal_attention
-from jaxplain.subjects.products import merge_heads, project, project_heads
-from jaxplain.subjects.rotary import apply_rotary, rotary_tables
-
-MLP_ACTIVATION = "mlp_activation"
-"""The site whose features are neurons: the input of the MLP's down projection, [B, T, F]."""
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-}
-
+from jaxplain.subjects.architecture import Architecture, Rotary
+from jaxplain.subjects.attention_layer import Attention, RotaryTables
+from jaxplain.subjects.mlp import MLP
+from jaxplain.subjects.norms import Norm, stream_norm
+from jaxplain.subjects.parameters import random_parameter
+from jaxplain.subjects.rotary import rotary_tables
 
 _FLOAT32 = jnp.dtype("float32")
-
-
-class Sown(nnx.Variable[Any]):
-    """What a layer's activations are folded into while they pass; read it with `nnx.capture`.
-
-    Captured without an initial value it collects the activations themselves in a tuple. With one,
-    the value's own `fold(activations)` decides, and only its result leaves the layer.
-    """
-
-
-def _fold(accumulator: Any, activations: Array) -> Any:
-    if hasattr(accumulator, "fold"):
-        return accumulator.fold(activations)
-    return (*accumulator, activations)
+_Kind = TypeVar("_Kind")
+_Made = TypeVar("_Made")
 
 
 def _exact_products() -> contextlib.AbstractContextManager[None]:
     """Float32 products in float32: accelerators would otherwise round the factors to fewer bits."""
     return jax.default_matmul_precision("highest")
-
-
-def _parameter(rngs: nnx.Rngs, dtype: jnp.dtype, *shape: int, fan_in: int) -> nnx.Param[Array]:
-    scale = fan_in**-0.5
-    return nnx.Param((jax.random.normal(rngs.params(), shape) * scale).astype(dtype))
 
 
 class Cache(NamedTuple):
@@ -74,141 +47,66 @@ class Cache(NamedTuple):
     used: Int[Array, ""]
 
 
-class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation (Zhang & Sennrich, 2019), computed in float32."""
-
-    def __init__(self, width: int, epsilon: float, dtype: jnp.dtype):
-        self.scale_D = nnx.Param(jnp.ones(width, dtype))
-        self.epsilon = epsilon
-
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Scale every position to unit root mean square, then by the learned scale."""
-        x = x_BTD.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return self.scale_D[...][None, None] * x.astype(x_BTD.dtype)
-
-
-class Attention(nnx.Module):
-    """Causal multi-head, grouped-query or multi-query attention, optionally within a sliding window."""
-
-    def __init__(self, arch: Architecture, rngs: nnx.Rngs, dtype: jnp.dtype):
-        d, h, k, c = arch.width, arch.query_heads, arch.key_value_heads, arch.head_width
-        self.query_DHC = _parameter(rngs, dtype, d, h, c, fan_in=d)
-        self.key_DKC = _parameter(rngs, dtype, d, k, c, fan_in=d)
-        self.value_DKC = _parameter(rngs, dtype, d, k, c, fan_in=d)
-        self.output_HCD = _parameter(rngs, dtype, h, c, d, fan_in=h * c)
-        self.has_bias = arch.attention_bias
-        if self.has_bias:
-            self.query_bias_HC = nnx.Param(jnp.zeros((h, c), dtype))
-            self.key_bias_KC = nnx.Param(jnp.zeros((k, c), dtype))
-            self.value_bias_KC = nnx.Param(jnp.zeros((k, c), dtype))
-            self.output_bias_D = nnx.Param(jnp.zeros(d, dtype))
-        self.window = arch.sliding_window  # counts the query's own position
-
-    def __call__(self, x_BTD: Float[Array, "B T D"], rotary_TC: tuple[Array, Array]) -> Float[Array, "B T D"]:
-        """Mix the values of earlier positions; `rotary_TC` are the tables of `rotary_tables`."""
-        query_BTHC, key_BTKC, value_BTKC = self._projections(x_BTD, rotary_TC)
-        mixed_BTHC = causal_attention(query_BTHC, key_BTKC, value_BTKC, self.window)
-        return self._output(mixed_BTHC)
-
-    def extend(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        rotary_BTC: tuple[Array, Array],
-        seen: tuple[Bool[Array, "B T S"], Bool[Array, "B T P"] | None],
-        slot: Int[Array, ""],
-        keys_BKCS: Float[Array, "B K C S"],
-        values_BKSC: Float[Array, "B K S C"],
-        prefix: Prefix | None,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B K C S"], Float[Array, "B K S C"]]:
-        """The same for positions that follow those in a cache; also the cache's keys and values with theirs.
-
-        The new positions go into the slots from `slot` on. `seen` says which slots of the cache and of
-        the prefix each of them attends to.
-        """
-        query_BTHC, key_BTKC, value_BTKC = self._projections(x_BTD, rotary_BTC)
-        update = jax.lax.dynamic_update_slice_in_dim
-        keys_BKCS = update(keys_BKCS, key_BTKC.transpose(0, 2, 3, 1), slot, axis=3)
-        values_BKSC = update(values_BKSC, value_BTKC.swapaxes(1, 2), slot, axis=2)
-        mixed_BTHC = attend(query_BTHC, keys_BKCS, values_BKSC, seen[0], prefix, seen[1])
-        return self._output(mixed_BTHC), keys_BKCS, values_BKSC
-
-    def _projections(
-        self, x_BTD: Float[Array, "B T D"], rotary: tuple[Array, Array]
-    ) -> tuple[Array, Array, Array]:
-        """Queries, keys and values, the first two rotated."""
-        query_BTHC, key_BTKC, value_BTKC = (
-            project_heads(x_BTD, weight[...]) for weight in (self.query_DHC, self.key_DKC, self.value_DKC)
-        )
-        if self.has_bias:
-            query_BTHC += self.query_bias_HC[...][None, None]
-            key_BTKC += self.key_bias_KC[...][None, None]
-            value_BTKC += self.value_bias_KC[...][None, None]
-        return apply_rotary(query_BTHC, rotary), apply_rotary(key_BTKC, rotary), value_BTKC
-
-    def _output(self, mixed_BTHC: Float[Array, "B T H C"]) -> Float[Array, "B T D"]:
-        out_BTD = merge_heads(mixed_BTHC, self.output_HCD[...])
-        return out_BTD + self.output_bias_D[...][None, None] if self.has_bias else out_BTD
-
-
-class GatedMLP(nnx.Module):
-    """The gated feed-forward layer (Shazeer, 2020). Its hidden units are the neurons."""
-
-    def __init__(self, arch: Architecture, rngs: nnx.Rngs, dtype: jnp.dtype):
-        d, f = arch.width, arch.neurons
-        self.gate_DF = _parameter(rngs, dtype, d, f, fan_in=d)
-        self.up_DF = _parameter(rngs, dtype, d, f, fan_in=d)
-        self.down_FD = _parameter(rngs, dtype, f, d, fan_in=f)
-        self.has_bias = arch.mlp_bias
-        if self.has_bias:
-            self.gate_bias_F = nnx.Param(jnp.zeros(f, dtype))
-            self.up_bias_F = nnx.Param(jnp.zeros(f, dtype))
-            self.down_bias_D = nnx.Param(jnp.zeros(d, dtype))
-        self.activation = arch.activation
-
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Compute and sow the neurons, and project them down."""
-        gate_BTF, up_BTF = project(x_BTD, self.gate_DF[...]), project(x_BTD, self.up_DF[...])
-        if self.has_bias:
-            gate_BTF += self.gate_bias_F[...][None, None]
-            up_BTF += self.up_bias_F[...][None, None]
-        acts_BTF = ACTIVATIONS[self.activation](gate_BTF) * up_BTF
-        if hasattr(self, "__captures__"):  # Flax warns of a sow that `nnx.capture` does not surround
-            self.sow(Sown, MLP_ACTIVATION, acts_BTF, reduce_fn=_fold, init_fn=tuple)
-        out_BTD = project(acts_BTF, self.down_FD[...])
-        return out_BTD + self.down_bias_D[...][None, None] if self.has_bias else out_BTD
-
-
 class Block(nnx.Module):
-    """One pre-norm transformer layer."""
+    """One transformer layer: attention and an MLP, which read the residual stream and add to it."""
 
-    def __init__(self, arch: Architecture, rngs: nnx.Rngs, dtype: jnp.dtype):
-        self.attention_norm = RMSNorm(arch.width, arch.norm_epsilon, dtype)
-        self.attention = Attention(arch, rngs, dtype)
-        self.mlp_norm = RMSNorm(arch.width, arch.norm_epsilon, dtype)
-        self.mlp = GatedMLP(arch, rngs, dtype)
+    def __init__(self, arch: Architecture, layer: int, rngs: nnx.Rngs, dtype: jnp.dtype):
+        def norm(there: bool) -> Norm | None:
+            return stream_norm(arch, dtype) if there else None
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], rotary_TC: tuple[Array, Array]) -> Float[Array, "B T D"]:
-        """Add what attention and MLP read from the residual stream to it."""
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary_TC)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        self.residual = arch.residual
+        self.attention_norm = norm(arch.pre_norms)
+        self.attention = Attention(arch, layer, rngs, dtype)
+        self.attention_post_norm = norm(arch.post_norms)
+        self.mlp_norm = norm(arch.pre_norms and arch.residual != "parallel_one_norm")
+        self.mlp = MLP(arch, rngs, dtype)
+        self.mlp_post_norm = norm(arch.post_norms)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"], rotary_TC: RotaryTables) -> Float[Array, "B T D"]:
+        """The residual stream with what attention and MLP add to it."""
+        read_BTD = _through(self.attention_norm, x_BTD)
+        return self._joined(x_BTD, read_BTD, self.attention(read_BTD, rotary_TC))
 
     def extend(
         self, x_BTD: Float[Array, "B T D"], *context: Any
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B K C S"], Float[Array, "B K S C"]]:
         """The same after what a cache holds; `context` is what `Attention.extend` asks for."""
-        mixed_BTD, keys_BKCS, values_BKSC = self.attention.extend(self.attention_norm(x_BTD), *context)
-        x_BTD = x_BTD + mixed_BTD
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), keys_BKCS, values_BKSC
+        read_BTD = _through(self.attention_norm, x_BTD)
+        mixed_BTD, keys_BKCS, values_BKSC = self.attention.extend(read_BTD, *context)
+        return self._joined(x_BTD, read_BTD, mixed_BTD), keys_BKCS, values_BKSC
+
+    def _joined(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        read_BTD: Float[Array, "B T D"],
+        mixed_BTD: Float[Array, "B T D"],
+    ) -> Float[Array, "B T D"]:
+        after_BTD = x_BTD + _through(self.attention_post_norm, mixed_BTD)
+        match self.residual:
+            case "sequential":
+                read_BTD = _through(self.mlp_norm, after_BTD)
+            case "parallel":
+                read_BTD = _through(self.mlp_norm, x_BTD)
+            case "parallel_one_norm":
+                pass
+        return after_BTD + _through(self.mlp_post_norm, self.mlp(read_BTD))
+
+
+def _through(norm: Norm | None, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    return x_BTD if norm is None else norm(x_BTD)
 
 
 class Head(nnx.Module):
     """The final norm and, unless the embedding serves, the unembedding."""
 
     def __init__(self, arch: Architecture, rngs: nnx.Rngs, dtype: jnp.dtype):
-        self.norm = RMSNorm(arch.width, arch.norm_epsilon, dtype)
+        self.norm = stream_norm(arch, dtype)
         if not arch.tied_embeddings:
-            self.unembedding_DV = _parameter(rngs, dtype, arch.width, arch.vocabulary, fan_in=arch.width)
+            self.unembedding_DV = random_parameter(
+                rngs, dtype, arch.width, arch.vocabulary, fan_in=arch.width
+            )
+        if arch.unembedding_bias:
+            self.unembedding_bias_V = nnx.Param(jnp.zeros(arch.vocabulary, dtype))
 
 
 class Decoder(nnx.Module):
@@ -230,18 +128,40 @@ class Decoder(nnx.Module):
     ):
         depth = arch.layers if depth is None else depth
         self.arch = arch
-        self.embedding_VD = _parameter(rngs, dtype, arch.vocabulary, arch.width, fan_in=1)
-        self.layers = nnx.List([Block(arch, rngs, dtype) for _ in range(depth)])
+        self.embedding_VD = random_parameter(rngs, dtype, arch.vocabulary, arch.width, fan_in=1)
+        if arch.position_rows is not None:
+            self.position_ND = random_parameter(rngs, dtype, arch.position_rows, arch.width, fan_in=1)
+        self.layers = nnx.List([Block(arch, layer, rngs, dtype) for layer in range(depth)])
         self.head = Head(arch, rngs, dtype) if with_head else None
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The residual stream after the last layer."""
-        x_BTD = self.embedding_VD[...][tokens_BT]
-        rotary_TC = rotary_tables(self.arch.rotary, self.arch.head_width, tokens_BT.shape[1])
+        tokens = tokens_BT.shape[1]
+        x_BTD = self._embed(tokens_BT, np.arange(tokens)[None])
+        tables = self._per_layer(
+            self.arch.rotary_of,
+            lambda rotary: rotary and rotary_tables(rotary, self.arch.head_width, tokens),
+        )
         with _exact_products():
-            for layer in self.layers:
+            for layer, rotary_TC in zip(self.layers, tables, strict=True):
                 x_BTD = layer(x_BTD, rotary_TC)
         return x_BTD
+
+    def _embed(
+        self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array | np.ndarray, "#B T"]
+    ) -> Float[Array, "B T D"]:
+        x_BTD = self.embedding_VD[...][tokens_BT]
+        if self.arch.embedding_scale is not None:
+            x_BTD = x_BTD * jnp.asarray(self.arch.embedding_scale, x_BTD.dtype)
+        if self.arch.position_rows is not None:
+            x_BTD = x_BTD + self.position_ND[...][positions_BT + self.arch.position_offset]
+        return x_BTD
+
+    def _per_layer(self, kind: Callable[[int], _Kind], make: Callable[[_Kind], _Made]) -> list[_Made]:
+        """What `make` gives for every layer's kind, made once for each kind."""
+        kinds = [kind(layer) for layer in range(len(self.layers))]
+        made = {kind: make(kind) for kind in dict.fromkeys(kinds)}
+        return [made[kind] for kind in kinds]
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """A cache for `batch` rows of up to `slots` tokens, padding included."""
@@ -267,24 +187,32 @@ class Decoder(nnx.Module):
         inside the layers again instead of keeping it.
         """
         extend = nnx.remat(Block.extend) if remat else Block.extend
-        cos_PC, sin_PC = rotary_tables(self.arch.rotary, self.arch.head_width, self.arch.max_positions)
         at_BT = jnp.maximum(positions_BT, 0)
-        rotary_BTC = (cos_PC[at_BT], sin_PC[at_BT])
+
+        def rotary_at(rotary: Rotary | None) -> RotaryTables:
+            if rotary is None:
+                return None
+            cos_PC, sin_PC = rotary_tables(rotary, self.arch.head_width, self.arch.max_positions)
+            return cos_PC[at_BT], sin_PC[at_BT]
+
         slot = cache.used
         positions_BS = jax.lax.dynamic_update_slice_in_dim(cache.positions_BS, positions_BT, slot, axis=1)
-        seen = (
-            self._seen(positions_BT, positions_BS),
-            None if prefix is None else self._seen(positions_BT, prefix.positions_BS),
-        )
-        x_BTD = self.embedding_VD[...][tokens_BT]
+
+        def seen_within(window: int | None) -> tuple[Array, Array | None]:
+            in_prefix = None if prefix is None else _seen(positions_BT, prefix.positions_BS, window)
+            return _seen(positions_BT, positions_BS, window), in_prefix
+
+        tables = self._per_layer(self.arch.rotary_of, rotary_at)
+        seen = self._per_layer(self.arch.window, seen_within)
+        x_BTD = self._embed(tokens_BT, at_BT)
         keys, values = [], []
         with _exact_products():
             for number, layer in enumerate(self.layers):
                 x_BTD, keys_BKCS, values_BKSC = extend(
                     layer,
                     x_BTD,
-                    rotary_BTC,
-                    seen,
+                    tables[number],
+                    seen[number],
                     slot,
                     cache.keys[number],
                     cache.values[number],
@@ -293,14 +221,6 @@ class Decoder(nnx.Module):
                 keys.append(keys_BKCS)
                 values.append(values_BKSC)
         return x_BTD, Cache(tuple(keys), tuple(values), positions_BS, slot + tokens_BT.shape[1])
-
-    def _seen(
-        self, positions_BT: Int[Array, "B T"], positions_BS: Int[Array, "#B S"]
-    ) -> Bool[Array, "B T S"]:
-        """Which slots each position attends to: filled ones, not after it, within the window."""
-        distance_BTS = positions_BT[:, :, None] - positions_BS[:, None, :]
-        window = self.arch.sliding_window or self.arch.max_positions
-        return (positions_BS[:, None, :] >= 0) & (distance_BTS >= 0) & (distance_BTS < window)
 
     def logits(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Next-token logits, float32."""
@@ -314,11 +234,35 @@ class Decoder(nnx.Module):
             raise ValueError("logits need a decoder with all layers and with_head=True")
         chosen = slice(None) if only is None else only
         if self.arch.tied_embeddings:
-            return self.unembed_by(x_BTD, self.embedding_VD[chosen])
-        return self.unembed_by(x_BTD, self.head.unembedding_DV[:, chosen].T)
+            return self.unembed_by(x_BTD, self.embedding_VD[chosen], only)
+        return self.unembed_by(x_BTD, self.head.unembedding_DV[:, chosen].T, only)
 
-    def unembed_by(self, x_BTD: Float[Array, "B T D"], rows_VD: Float[Array, "V D"]) -> Float[Array, "B T V"]:
-        """The same with rows of an unembedding that are not the model's own."""
+    def unembed_by(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        rows_VD: Float[Array, "V D"],
+        only: Int[Array | np.ndarray, "V"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """The same with other rows in place of the unembedding's own for those tokens."""
         assert self.head is not None
         with _exact_products():
-            return jnp.einsum("BTD,VD->BTV", self.head.norm(x_BTD), rows_VD, preferred_element_type=_FLOAT32)
+            logits_BTV = jnp.einsum(
+                "BTD,VD->BTV", self.head.norm(x_BTD), rows_VD, preferred_element_type=_FLOAT32
+            )
+        if self.arch.unembedding_bias:
+            bias_V = self.head.unembedding_bias_V[slice(None) if only is None else only]
+            logits_BTV += bias_V.astype(_FLOAT32)[None, None]
+        if self.arch.logit_scale is not None:
+            logits_BTV *= self.arch.logit_scale
+        if self.arch.logit_softcap is not None:
+            logits_BTV = self.arch.logit_softcap * jnp.tanh(logits_BTV / self.arch.logit_softcap)
+        return logits_BTV
+
+
+def _seen(
+    positions_BT: Int[Array, "B T"], positions_BS: Int[Array, "#B S"], window: int | None
+) -> Bool[Array, "B T S"]:
+    """Which slots each position attends to: filled ones, not after it, within the window."""
+    distance_BTS = positions_BT[:, :, None] - positions_BS[:, None, :]
+    seen_BTS = (positions_BS[:, None, :] >= 0) & (distance_BTS >= 0)
+    return seen_BTS if window is None else seen_BTS & (distance_BTS < window)

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import fnmatch
 import json
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from jaxplain.errors import JaxplainError
 from jaxplain.subjects.architecture import Architecture
 from jaxplain.subjects.decoder import Decoder
 from jaxplain.subjects.families import Family, Weight
+from jaxplain.subjects.layouts import read_parameter, source_shape
 
 _MODEL_AXES = "FHKV"
 """Parameter axes that are spread over the mesh's `model` axis, where they divide by it."""
@@ -50,10 +50,10 @@ def load_decoder(
     )
     abstract = nnx.state(model)
     parameters = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(abstract)}
-    with _open_checkpoint(folder) as checkpoint:
+    with _open_checkpoint(folder, family) as checkpoint:
         plan = _match(checkpoint, family, arch, parameters)
         loaded = {
-            target: _load(checkpoint[weight.source], weight, parameters[target], mesh, dtype)
+            target: _load(checkpoint[weight.source], weight, arch, parameters[target].shape, mesh, dtype)
             for target, weight in plan.items()
         }
     for target, variable in parameters.items():
@@ -75,11 +75,11 @@ def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
 
 
 class _Checkpoint(dict[str, Any]):
-    """Tensor name to safetensors slice, over all files of a folder."""
+    """Tensor name, as the family has it, to safetensors slice, over all files of a folder."""
 
 
 @contextlib.contextmanager
-def _open_checkpoint(folder: Path) -> Iterator[_Checkpoint]:
+def _open_checkpoint(folder: Path, family: Family) -> Iterator[_Checkpoint]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -98,24 +98,33 @@ def _open_checkpoint(folder: Path) -> Iterator[_Checkpoint]:
                     f"{path} is not a readable safetensors file ({error}); fetch it again."
                 ) from error
             names = handle.keys()
-            checkpoint.update({name: handle.get_slice(name) for name in names})
+            checkpoint.update({_current_name(name, family): handle.get_slice(name) for name in names})
         yield checkpoint
+
+
+def _current_name(name: str, family: Family) -> str:
+    for pattern, replacement in family.older_names:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _match(
     checkpoint: _Checkpoint, family: Family, arch: Architecture, parameters: dict[str, Any]
 ) -> dict[str, Weight]:
     """Which tensor fills which parameter, with every name accounted for."""
-    known = {weight.source: weight for weight in weights_of(family, arch)}
+    known = list(weights_of(family, arch))
+    sources = {weight.source for weight in known}
     for name in checkpoint:
         ignored = any(fnmatch.fnmatch(name, pattern) for pattern in family.ignored_tensors)
-        if name not in known and not ignored:
+        if name not in sources and not ignored:
             raise JaxplainError(
                 f"the checkpoint holds a tensor {name} that the model has no place for; "
                 "its config.json does not describe these weights."
             )
-    by_target = {weight.target: weight for weight in known.values()}
+    by_target = {weight.target: weight for weight in known}
     for target in parameters:
+        if target not in by_target:
+            raise ValueError(f"no tensor of the family's checkpoints holds the parameter {target}")
         if by_target[target].source not in checkpoint:
             raise JaxplainError(
                 f"the checkpoint lacks the tensor {by_target[target].source}; "
@@ -123,7 +132,7 @@ def _match(
             )
     # What is left belongs to layers or a head that this decoder was built without, or is a tied
     # unembedding. Biases that the config denies are refused, since they would change the result.
-    for weight in known.values():
+    for weight in known:
         unused = weight.source in checkpoint and weight.target not in parameters
         if unused and weight.target.startswith("layers."):
             layer = int(weight.target.split(".")[1])
@@ -136,8 +145,10 @@ def _match(
 
 
 def weights_of(family: Family, arch: Architecture) -> Iterator[Weight]:
-    """The family's table of tensors, with an entry for each layer."""
+    """The family's table of tensors for an architecture, with an entry for each layer."""
     for weight in family.weights:
+        if weight.when is not None and getattr(arch, weight.when[0]) != weight.when[1]:
+            continue
         for layer in range(arch.layers) if "{layer}" in weight.target else [0]:
             yield dataclasses.replace(
                 weight,
@@ -146,50 +157,18 @@ def weights_of(family: Family, arch: Architecture) -> Iterator[Weight]:
             )
 
 
-def source_axes(weight: Weight) -> tuple[str, list[tuple[str, ...]]]:
-    """The parameter's axis letters; and the source's axes, each as the letters that it has flattened."""
-    groups = [
-        tuple(bracketed.split() or single)
-        for bracketed, single in re.findall(r"\(([^()]+)\)|(\w)", weight.axes)
-    ]
-    return weight.target.rsplit("_", 1)[1], groups
-
-
-def source_shape(weight: Weight, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the source's tensor, for that of the parameter."""
-    letters, groups = source_axes(weight)
-    sizes = dict(zip(letters, shape, strict=True))
-    return tuple(math.prod(sizes[letter] for letter in group) for group in groups)
-
-
-def _load(tensor: Any, weight: Weight, parameter: Any, mesh: Mesh, dtype: jnp.dtype) -> jax.Array:
-    letters, groups = source_axes(weight)
-    sizes = dict(zip(letters, parameter.shape, strict=True))
-    expected = source_shape(weight, parameter.shape)
-    found = tuple(tensor.get_shape())
+def _load(
+    tensor: Any, weight: Weight, arch: Architecture, shape: tuple[int, ...], mesh: Mesh, dtype: jnp.dtype
+) -> jax.Array:
+    expected, found = source_shape(weight, arch), tuple(tensor.get_shape())
     if found != expected:
         raise JaxplainError(
             f"the checkpoint's tensor {weight.source} has shape {found} where the config asks for "
             f"{expected}; its config.json does not describe these weights."
         )
-    order = [letter for group in groups for letter in group]
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        wanted = dict(zip(letters, index or (), strict=True))
-        # Cut what the source's outermost axes allow while reading, the rest afterwards.
-        source_slices, shape = [], []
-        for group in groups:
-            inner = math.prod(sizes[letter] for letter in group[1:])
-            start, stop, _ = wanted[group[0]].indices(sizes[group[0]])
-            source_slices.append(slice(start * inner, stop * inner))
-            shape += [stop - start, *(sizes[letter] for letter in group[1:])]
-        values = np.asarray(tensor[tuple(source_slices)]).reshape(shape)
-        inner_slices = [
-            slice(None) if letter in {group[0] for group in groups} else wanted[letter] for letter in order
-        ]
-        values = values[tuple(inner_slices)]
-        return np.transpose(values, [order.index(letter) for letter in letters]).astype(dtype)
+        return read_parameter(tensor, weight, arch, index or ()).astype(dtype)
 
     name = weight.target.rsplit(".", 1)[-1]
-    sharding = NamedSharding(mesh, partition(name, parameter.shape, mesh))
-    return jax.make_array_from_callback(tuple(parameter.shape), sharding, read)
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, partition(name, shape, mesh)), read)

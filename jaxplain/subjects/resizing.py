@@ -57,7 +57,7 @@ def grow_vocabulary(decoder: Decoder, rows: int, *, like: Mapping[int, int]) -> 
 
 def as_whole_model(decoder: Decoder) -> Decoder:
     """A decoder of the first layers of a checkpoint, as a model that has no others; its arrays are shared."""
-    arch = dataclasses.replace(decoder.arch, layers=len(decoder.layers))
+    arch = decoder.arch.with_first_layers(len(decoder.layers))
     graph, state = nnx.split(decoder)
     whole = nnx.merge(graph, state)
     whole.arch = arch
@@ -69,7 +69,7 @@ def _taken(table: jax.Array, sources_V: np.ndarray, axis: int) -> jax.Array:
 
     def take(table: jax.Array) -> jax.Array:
         mean = table.mean(axis, keepdims=True)
-        known = np.expand_dims(sources_V >= 0, 1 - axis)
+        known = (sources_V >= 0).reshape([-1 if number == axis else 1 for number in range(table.ndim)])
         return jnp.where(known, jnp.take(table, np.maximum(sources_V, 0), axis), mean)
 
     return jax.jit(take, out_shardings=_resized(table.sharding, table.ndim, axis, len(sources_V)))(table)

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +21,15 @@ from jax.experimental import multihost_utils
 from transformers import PreTrainedTokenizerBase
 
 from jaxplain.errors import JaxplainError, first_line
+from jaxplain.subjects.architecture import Architecture
 from jaxplain.subjects.decoder import Decoder
 from jaxplain.subjects.families import Family, Weight
-from jaxplain.subjects.loading import source_axes, source_shape, weights_of
+from jaxplain.subjects.layouts import source_shape, write_parameter
+from jaxplain.subjects.loading import weights_of
 from jaxplain.subjects.subject import Subject
+
+_Tensors = dict[str, list[tuple[Weight, jax.Array]]]
+"""For each tensor's name the parameters that it holds, and how."""
 
 _SAFETENSORS_TYPES = {"float32": "F32", "bfloat16": "BF16"}
 
@@ -51,7 +56,7 @@ def save_decoder(
     arch = decoder.arch
     if decoder.head is None or len(decoder.layers) != arch.layers:
         raise ValueError("saving needs a decoder with all layers and with_head=True")
-    resized = dataclasses.replace(subject.arch, vocabulary=arch.vocabulary, layers=arch.layers)
+    resized = dataclasses.replace(subject.arch.with_first_layers(arch.layers), vocabulary=arch.vocabulary)
     if arch != resized:
         raise ValueError("the decoder's architecture is not the subject's")
     tokenizer = subject.tokenizer if tokenizer is None else tokenizer
@@ -67,10 +72,11 @@ def save_decoder(
         with _growing(folder, overwrite=overwrite) as partial:
             _write_config(subject, partial, {"vocabulary": arch.vocabulary, "layers": arch.layers}, dtype)
             _write_tokenizer(tokenizer, partial)
-            _write_weights(tensors, partial, dtype, max_file_bytes)
+            _write_weights(tensors, arch, partial, dtype, max_file_bytes)
     else:
-        for array in tensors.values():
-            _on_host(array)
+        for parts in tensors.values():
+            for _, array in parts:
+                _on_host(array)
     multihost_utils.sync_global_devices(f"saved {folder}")
 
 
@@ -105,6 +111,8 @@ def _write_config(subject: Subject, folder: Path, sizes: Mapping[str, int], dtyp
     config = json.loads((subject.folder / "config.json").read_text(encoding="utf-8"))
     names = {meaning: name for name, meaning in subject.family.attributes.items() if isinstance(meaning, str)}
     config |= {names[meaning]: size for meaning, size in sizes.items()}
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][: sizes["layers"]]
     config["dtype"] = dtype
     if "torch_dtype" in config:  # what the attribute was called before
         config["torch_dtype"] = dtype
@@ -121,32 +129,37 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         raise OSError(first_line(error)) from error
 
 
-def _tensors(decoder: Decoder, family: Family) -> dict[Weight, jax.Array]:
-    """The checkpoint's tensors in the order of the family's table, as the parameters that they are."""
+def _tensors(decoder: Decoder, family: Family) -> _Tensors:
+    """The checkpoint's tensors in the order of the family's table, as the parameters that they hold."""
     flat = nnx.to_flat_state(nnx.state(decoder, nnx.Param))
     parameters = {".".join(map(str, path)): variable.get_value() for path, variable in flat}
     known = list(weights_of(family, decoder.arch))
     if unknown := parameters.keys() - {weight.target for weight in known}:
         raise ValueError(f"no tensor of the family's checkpoints holds the parameter {min(unknown)}")
-    return {weight: parameters[weight.target] for weight in known if weight.target in parameters}
+    tensors: _Tensors = {}
+    for weight in known:
+        if weight.target in parameters:
+            tensors.setdefault(weight.source, []).append((weight, parameters[weight.target]))
+    return tensors
 
 
 def _write_weights(
-    tensors: Mapping[Weight, jax.Array], folder: Path, dtype: str, max_file_bytes: int
+    tensors: _Tensors, arch: Architecture, folder: Path, dtype: str, max_file_bytes: int
 ) -> None:
-    by_name = {weight.source: weight for weight in tensors}
+    shapes = {name: source_shape(parts[0][0], arch) for name, parts in tensors.items()}
     width = jnp.dtype(dtype).itemsize
     plan = split_state_dict_into_shards_factory(
-        {name: tensors[weight].size * width for name, weight in by_name.items()},
+        {name: math.prod(shape) * width for name, shape in shapes.items()},
         get_storage_size=int,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_file_bytes,
     )
     for file, names in plan.filename_to_tensors.items():
-        weights = [by_name[name] for name in names]
-        shapes = {weight.source: source_shape(weight, tensors[weight].shape) for weight in weights}
         _write_safetensors(
-            folder / file, shapes, dtype, (_as_source(weight, tensors[weight]) for weight in weights)
+            folder / file,
+            {name: shapes[name] for name in names},
+            dtype,
+            (_as_source(tensors[name], arch, dtype) for name in names),
         )
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
@@ -174,11 +187,12 @@ def _write_safetensors(
             file.write(np.ascontiguousarray(tensor, jnp.dtype(dtype)).reshape(-1).view(np.uint8).data)
 
 
-def _as_source(weight: Weight, array: jax.Array) -> np.ndarray:
-    """A parameter with the axes that the checkpoint's tensor has."""
-    letters, groups = source_axes(weight)
-    order = [letters.index(letter) for group in groups for letter in group]
-    return _on_host(array).transpose(order).reshape(source_shape(weight, array.shape))
+def _as_source(parts: Sequence[tuple[Weight, jax.Array]], arch: Architecture, dtype: str) -> np.ndarray:
+    """The checkpoint's tensor that holds these parameters."""
+    tensor = np.empty(source_shape(parts[0][0], arch), jnp.dtype(dtype))
+    for weight, array in parts:
+        write_parameter(tensor, weight, arch, _on_host(array))
+    return tensor
 
 
 def _on_host(array: jax.Array) -> np.ndarray:

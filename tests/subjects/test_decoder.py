@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from jaxplain.configs.extraction import SubjectConfig
-from jaxplain.subjects.decoder import MLP_ACTIVATION, Sown
+from jaxplain.subjects.mlp import MLP_ACTIVATION, Sown
 from jaxplain.subjects.subject import open_subject
 from tests import tiny
 from tests.subjects import reference
@@ -51,7 +51,7 @@ def assert_close_in_every_layer(found_LBTF, expected_LBTF, largest_L=None, toler
 def test_equals_the_reference(variant, tmp_path):
     golden = np.load(reference.GOLDEN / f"{variant}.npz")
     folder = tiny.write_model(tmp_path, tiny.VARIANTS[variant])
-    acts, logits = sown_activations(folder, reference.TOKENS_BT, make_mesh())
+    acts, logits = sown_activations(folder, reference.tokens_of(variant), make_mesh())
     assert_close_in_every_layer(acts, golden["acts"])
     np.testing.assert_allclose(logits[:, -3:], golden["logits"], atol=1e-4 * np.abs(logits).max())
 

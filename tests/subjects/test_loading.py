@@ -91,8 +91,8 @@ GATE = "model.layers.1.mlp.gate_proj.weight"
         ),
         ({"add": {GATE: np.zeros((47, 32), np.float32)}}, r"shape \(47, 32\) where .* \(48, 32\)"),
         (
-            {"model_type": "gpt2"},
-            "architecture 'gpt2' is not supported; supported are llama, mistral",
+            {"model_type": "bloom"},
+            "architecture 'bloom' is not supported; supported are cohere, ",
         ),
         ({"model_type": "zebra"}, "describes no supported model: .*zebra"),
         ({"num_attention_heads": "four"}, "describes no supported model"),
