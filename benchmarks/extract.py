@@ -28,7 +28,7 @@ import numpy as np
 from flax import nnx
 
 import jaxplain
-from jaxplain.configs.extraction import MeshConfig, SubjectConfig
+from jaxplain.configs.extraction import MeshConfig, StatisticsConfig, SubjectConfig
 from jaxplain.exemplars.reduction import KINDS, LayerReduction, Rows, empty_reduction
 from jaxplain.exemplars.step import Reductions, make_step
 from jaxplain.exemplars.topk import TopK
@@ -119,6 +119,7 @@ def measure(subject: Subject, *, batch: int, tokens: int, k: int, steps: int) ->
             counted_BT=jnp.ones((batch, tokens), bool),
             sequence_B=jnp.arange(batch, dtype=jnp.int32) + first_id + batch * number,
             lottery_B=jnp.asarray(rng.random(batch, np.float32)),
+            token_lottery_BT=jnp.asarray(-rng.random((batch, tokens), np.float32)),
         )
 
     states: dict[int, Reductions] = {}
@@ -130,6 +131,7 @@ def measure(subject: Subject, *, batch: int, tokens: int, k: int, steps: int) ->
                     neurons=subject.arch.neurons,
                     k=k,
                     tokens=tokens,
+                    sampled_tokens=StatisticsConfig().sampled_tokens,
                     dtype=jnp.dtype("float16"),
                     mesh=mesh,
                 ),

@@ -62,7 +62,9 @@ def extract(config: ExtractConfig, *, overwrite: bool = False) -> None:
     selection = select_neurons(config.neurons, subject.arch)
     mesh = make_mesh(config.run.mesh, batch_size=config.run.batch_size, mlp_width=subject.arch.neurons)
     sources = [open_source(source, subject.tokenizer) for source in config.corpus.sources]
-    step, weights = make_step(subject.load(mesh, depth=selection.depth), mesh)
+    step, weights = make_step(
+        subject.load(mesh, depth=selection.depth), mesh, active_above=config.statistics.active_above
+    )
     extraction = Extraction(
         config=config,
         mesh=mesh,

@@ -38,6 +38,19 @@ def lottery(
     return _uniform(_mix(_mix(seeded ^ document_N.astype(np.uint64)) ^ start_N.astype(np.uint64)))
 
 
+def token_lottery(
+    seed: int, document_N: Int[np.ndarray, "N"], start_N: Int[np.ndarray, "N"], tokens: int
+) -> Float[np.ndarray, "N T"]:
+    """A number for each token of each window, as `lottery` has one for each window; float32 below 0.
+
+    The highest are near 0, where float32 tells so many numbers apart that ties do not matter.
+    """
+    seeded = _mix(_mix(np.array([seed % 2**64], np.uint64)))  # another stream than the windows'
+    window_N = _mix(_mix(seeded ^ document_N.astype(np.uint64)) ^ start_N.astype(np.uint64))
+    bits_NT = _mix(window_N[:, None] ^ np.arange(tokens, dtype=np.uint64))
+    return -(((bits_NT >> np.uint64(11)).astype(np.float64) + 0.5) / 2**53).astype(np.float32)
+
+
 def _mix(x: np.ndarray) -> np.ndarray:
     """A step of SplitMix64 (Steele, Lea & Flood, 2014), of uint64."""
     x = x + np.uint64(0x9E3779B97F4A7C15)

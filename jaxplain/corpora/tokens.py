@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from transformers import PreTrainedTokenizerBase
 
 from jaxplain.configs.extraction import CorpusConfig
-from jaxplain.corpora.hashing import lottery
+from jaxplain.corpora.hashing import lottery, token_lottery
 from jaxplain.corpora.sources import Source
 from jaxplain.corpora.windows import PADDING, Window, exhausted_source, windows_of_split
 from jaxplain.errors import JaxplainError
@@ -80,12 +80,14 @@ def _row(window: Window) -> SequenceBlock:
 class TokenBatch:
     """Consecutive rows of a token table, padded to the batch size with rows of -1.
 
-    `sequence_B` are the row numbers, `lottery_B` each row's number in the draw for random exemplars.
+    `sequence_B` are the row numbers, `lottery_B` each row's number in the draw for random exemplars, and
+    `token_lottery_BT` each token's in the draw for quantiles.
     """
 
     tokens_BT: Int[np.ndarray, "B T"]
     sequence_B: Int[np.ndarray, "B"]
     lottery_B: Float[np.ndarray, "B"]
+    token_lottery_BT: Float[np.ndarray, "B T"]
     rows: int
 
 
@@ -103,6 +105,9 @@ def token_batches(table: dict[str, ts.TensorStore], *, batch_size: int, seed: in
             # Padding rows take the numbers that follow; they have no token that counts.
             sequence_B=np.arange(start, start + batch_size, dtype=np.int32),
             lottery_B=np.pad(lottery(seed, document_N, start_N), padding),
+            token_lottery_BT=np.pad(
+                token_lottery(seed, document_N, start_N, tokens_NT.shape[1]), [*padding, (0, 0)]
+            ),
             rows=stop - start,
         )
 

@@ -14,13 +14,16 @@ from jaxtyping import Bool, Int
 from jaxplain.configs.extraction import ExtractConfig
 from jaxplain.corpora.tokens import TokenBatch, token_batches
 from jaxplain.errors import JaxplainError
-from jaxplain.exemplars.merging import merge_partials
+from jaxplain.exemplars.merging import merge_partials, merge_sample
 from jaxplain.exemplars.moments import merge_moments
+from jaxplain.exemplars.quantiles import lower_tail, quantiles, upper_tail
 from jaxplain.exemplars.reduction import Rows, empty_reduction
 from jaxplain.exemplars.selection import Selection
 from jaxplain.exemplars.step import Reductions, Step
 from jaxplain.progress import Progress
 from jaxplain.store.writer import SplitWriter, StoreWriter
+
+_TAILS = {"max": upper_tail, "min": lower_tail}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,7 @@ class Extraction:
             k=config.exemplars.k,
             tokens=config.corpus.sequence_length,
             activation_dtype=config.exemplars.activation_dtype,
+            quantiles=config.statistics.quantiles,
         )
         with progress(total=len(reductions), desc=f"{split}: write", unit="layers") as bar:
             self._write(reductions, out, bar.update)
@@ -79,6 +83,7 @@ class Extraction:
                 neurons=len(neurons[layer]) if layer in neurons else self.mlp_width,
                 k=exemplars.k,
                 tokens=self.config.corpus.sequence_length,
+                sampled_tokens=self.config.statistics.sampled_tokens,
                 dtype=jnp.dtype(exemplars.activation_dtype),
                 mesh=self.mesh,
             )
@@ -122,6 +127,7 @@ class Extraction:
             counted_BT=on_mesh(counted_BT),
             sequence_B=on_mesh(batch.sequence_B),
             lottery_B=on_mesh(batch.lottery_B),
+            token_lottery_BT=on_mesh(batch.token_lottery_BT),
         )
 
     def _padded_neurons(self) -> dict[int, jax.Array]:
@@ -139,9 +145,32 @@ class Extraction:
             columns = self.selection.columns(int(layer))
             kept = slice(len(columns))
             statistics = merge_moments(reduction.moments)
+            tails = {}
+            for kind, ranked in merge_partials(reduction, self.mesh).items():
+                priority_NR = np.asarray(ranked.priority_FR)[kept]
+                sign = -1 if kind == "min" else 1
+                score_NR = np.where(np.isfinite(priority_NR), sign * priority_NR, np.nan)
+                activation_NRT = np.asarray(ranked.activation_FRT)[kept]
+                if kind in _TAILS:
+                    tails[kind] = _TAILS[kind](score_NR, activation_NRT)
+                out.write_exemplars(
+                    kind,
+                    place,
+                    columns,
+                    score_NR=score_NR,
+                    sequence_NR=np.asarray(ranked.sequence_FR)[kept],
+                    activation_NRT=activation_NRT,
+                )
             out.write_statistics(
                 place,
                 columns,
+                quantile=quantiles(
+                    np.array(self.config.statistics.quantiles),
+                    int(statistics.count_F[0]),
+                    np.asarray(merge_sample(reduction, self.mesh))[kept],
+                    upper=tails.get("max"),
+                    lower=tails.get("min"),
+                ),
                 count=statistics.count_F[kept],
                 mean=statistics.mean_F[kept],
                 variance=statistics.variance_F[kept],
@@ -149,17 +178,6 @@ class Extraction:
                 kurtosis=statistics.kurtosis_F[kept],
                 fraction_active=statistics.fraction_active_F[kept],
             )
-            for kind, ranked in merge_partials(reduction, self.mesh).items():
-                priority_NR = np.asarray(ranked.priority_FR)[kept]
-                sign = -1 if kind == "min" else 1
-                out.write_exemplars(
-                    kind,
-                    place,
-                    columns,
-                    score_NR=np.where(np.isfinite(priority_NR), sign * priority_NR, np.nan),
-                    sequence_NR=np.asarray(ranked.sequence_FR)[kept],
-                    activation_NRT=np.asarray(ranked.activation_FRT)[kept],
-                )
             advance(1)
 
 

@@ -31,6 +31,12 @@ def merge_partials(reduction: LayerReduction, mesh: Mesh) -> dict[str, Ranked]:
     }
 
 
+def merge_sample(reduction: LayerReduction, mesh: Mesh) -> Float[Array, "F M"]:
+    """A layer's activations at the tokens drawn for quantiles, NaN where there are fewer."""
+    ranked = jax.jit(_merge, static_argnames="mesh")(reduction.tokens, mesh=mesh)
+    return ranked.activation_FRT[:, :, 0]
+
+
 def _merge(top: TopK, *, mesh: Mesh) -> Ranked:
     merge = jax.shard_map(
         _merge_shard,

@@ -52,9 +52,13 @@ def empty_moments(*, neurons: int) -> Moments:
 
 
 def update_moments(
-    moments: Moments, acts_BTF: Float[Array, "B T F"], counted_BT: Bool[Array, "B T"]
+    moments: Moments,
+    acts_BTF: Float[Array, "B T F"],
+    counted_BT: Bool[Array, "B T"],
+    *,
+    active_above: float = 0.0,
 ) -> Moments:
-    """Fold a batch in; a token is active where its activation is above zero."""
+    """Fold a batch in; a token is active where its activation is above `active_above`."""
     slices = max(n for n in range(1, _MOST_SLICES + 1) if acts_BTF.shape[0] % n == 0)
     acts_SBTF = [x_BTF.astype(jnp.float32) for x_BTF in jnp.split(acts_BTF, slices)]
     weight_SBT1 = [x_BT.astype(jnp.float32)[:, :, None] for x_BT in jnp.split(counted_BT, slices)]
@@ -87,7 +91,7 @@ def update_moments(
         token_count=count,
         mean_F=mean_F,
         sums=jax.tree.map(operator.add, before, batch),
-        active_F=moments.active_F + weighted_sum(lambda x_BTF: x_BTF > 0).astype(jnp.uint32),
+        active_F=moments.active_F + weighted_sum(lambda x_BTF: x_BTF > active_above).astype(jnp.uint32),
     )
 
 

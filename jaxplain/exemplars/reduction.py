@@ -1,7 +1,8 @@
 """What becomes of a layer's activations at the moment they are sown.
 
-`LayerReduction` is the state of one layer: a top-k for every kind, and moments. `Fold` pairs it
-with the batch in flight; the decoder's sow calls `fold`, and only the new state leaves the layer.
+`LayerReduction` is the state of one layer: a top-k for every kind, another of single tokens drawn at
+random (for quantiles), and moments. `Fold` pairs it with the batch in flight; the decoder's sow calls
+`fold`, and only the new state leaves the layer.
 
 State is sharded over the mesh: neurons over `model`, and one *partial* state per `data` shard in a
 leading axis P, so that a step moves nothing between data shards. `merging` joins the partials.
@@ -29,6 +30,7 @@ class LayerReduction(NamedTuple):
     """One layer's running answer; every array has a leading axis P of data shards."""
 
     tops: dict[Kind, TopK]
+    tokens: TopK
     moments: Moments
 
 
@@ -36,13 +38,15 @@ class Rows(NamedTuple):
     """A batch of token-table rows.
 
     `tokens_BT` is -1 where there is no token; a whole row of -1 pads an uneven batch.
-    `counted_BT` marks the tokens that count. `lottery_B` is the priority for kind `random`.
+    `counted_BT` marks the tokens that count. `lottery_B` is the priority for kind `random`,
+    `token_lottery_BT` that of single tokens.
     """
 
     tokens_BT: Int[Array, "B T"]
     counted_BT: Bool[Array, "B T"]
     sequence_B: Int[Array, "B"]
     lottery_B: Float[Array, "B"]
+    token_lottery_BT: Float[Array, "B T"]
 
 
 @jax.tree_util.register_dataclass
@@ -53,6 +57,7 @@ class Fold:
     reduction: LayerReduction
     rows: Rows
     neurons: Int[Array, "N"] | None
+    active_above: float = dataclasses.field(metadata={"static": True})
     mesh: Mesh = dataclasses.field(metadata={"static": True})
 
     def fold(self, acts_BTF: Float[Array, "B T F"]) -> "Fold":
@@ -63,7 +68,7 @@ class Fold:
         acts_BTF = lax.optimization_barrier(acts_BTF)
         specs = partition_specs(self.reduction)
         update = jax.shard_map(
-            _update_shard,
+            functools.partial(_update_shard, active_above=self.active_above),
             mesh=self.mesh,
             in_specs=(specs, P("data"), P("data", None, "model")),
             out_specs=specs,
@@ -88,7 +93,14 @@ def partition_specs(tree: Any) -> Any:
 
 
 def empty_reduction(
-    *, kinds: tuple[Kind, ...], neurons: int, k: int, tokens: int, dtype: jnp.dtype, mesh: Mesh
+    *,
+    kinds: tuple[Kind, ...],
+    neurons: int,
+    k: int,
+    tokens: int,
+    sampled_tokens: int,
+    dtype: jnp.dtype,
+    mesh: Mesh,
 ) -> LayerReduction:
     """A reduction that has seen nothing, laid out on the mesh. `neurons` divides by axis `model`."""
 
@@ -103,7 +115,8 @@ def empty_reduction(
             )
             for kind in kinds
         }
-        shard = LayerReduction(tops=tops, moments=empty_moments(neurons=neurons))
+        sample = empty_topk(groups=1, neurons=neurons, k=sampled_tokens, tokens=1, dtype=dtype)
+        shard = LayerReduction(tops=tops, tokens=sample, moments=empty_moments(neurons=neurons))
         parts = mesh.shape["data"]
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (parts, *x.shape)), shard)
 
@@ -111,7 +124,9 @@ def empty_reduction(
     return jax.jit(build, out_shardings=shardings)()
 
 
-def _update_shard(reduction: LayerReduction, rows: Rows, acts_BTF: Array) -> LayerReduction:
+def _update_shard(
+    reduction: LayerReduction, rows: Rows, acts_BTF: Array, *, active_above: float
+) -> LayerReduction:
     reduction = jax.tree.map(lambda x: x[0], reduction)
     update = functools.partial(
         update_topk,
@@ -122,8 +137,21 @@ def _update_shard(reduction: LayerReduction, rows: Rows, acts_BTF: Array) -> Lay
     tops: dict[Kind, TopK] = {
         kind: update(top, _priority_BG(kind, rows, acts_BTF)) for kind, top in reduction.tops.items()
     }
-    moments = update_moments(reduction.moments, acts_BTF, rows.counted_BT)
-    return jax.tree.map(lambda x: x[None], LayerReduction(tops=tops, moments=moments))
+    sample = _update_sample(reduction.tokens, rows, acts_BTF)
+    moments = update_moments(reduction.moments, acts_BTF, rows.counted_BT, active_above=active_above)
+    return jax.tree.map(lambda x: x[None], LayerReduction(tops=tops, tokens=sample, moments=moments))
+
+
+def _update_sample(sample: TopK, rows: Rows, acts_BTF: Array) -> TopK:
+    """The tokens of the batch as sequences of one token each, which all neurons draw together."""
+    length = acts_BTF.shape[1]
+    return update_topk(
+        sample,
+        jnp.where(rows.counted_BT, rows.token_lottery_BT, -jnp.inf).reshape((-1, 1)),
+        sequence_B=jnp.repeat(rows.sequence_B, length),
+        acts_BTF=acts_BTF.reshape((-1, 1, acts_BTF.shape[2])),
+        counted_BT=rows.counted_BT.reshape((-1, 1)),
+    )
 
 
 def _priority_BG(kind: Kind, rows: Rows, acts_BTF: Array) -> Array:

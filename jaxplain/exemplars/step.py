@@ -16,7 +16,7 @@ Reductions = dict[int, LayerReduction]
 Step = Callable[[Reductions, nnx.State, Rows, Mapping[int, Array]], Reductions]
 
 
-def make_step(model: Decoder, mesh: Mesh) -> tuple[Step, nnx.State]:
+def make_step(model: Decoder, mesh: Mesh, *, active_above: float = 0.0) -> tuple[Step, nnx.State]:
     """The jitted step, and the model's weights to call it with.
 
     `step(reductions, weights, rows, neurons)` gives the reductions with the batch folded in and
@@ -31,7 +31,13 @@ def make_step(model: Decoder, mesh: Mesh) -> tuple[Step, nnx.State]:
         neurons: Mapping[int, Int[Array, "N"]],
     ) -> Reductions:
         folds = {
-            layer: Fold(reduction=reduction, rows=rows, neurons=neurons.get(layer), mesh=mesh)
+            layer: Fold(
+                reduction=reduction,
+                rows=rows,
+                neurons=neurons.get(layer),
+                active_above=active_above,
+                mesh=mesh,
+            )
             for layer, reduction in reductions.items()
         }
         initial = nnx.State(

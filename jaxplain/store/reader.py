@@ -87,7 +87,7 @@ class NeuronStatistics:
         skewness: Its third standardised moment, m3 / m2**1.5; NaN where the variance is 0.
         kurtosis: Its fourth standardised moment, m4 / m2**2, not the excess: a Gaussian has 3. NaN where
             the variance is 0.
-        fraction_active: Share of the tokens with an activation above zero.
+        fraction_active: Share of the tokens with an activation above `statistics.active_above` of the run.
     """
 
     count: int
@@ -147,6 +147,18 @@ class Neuron:
             kurtosis=float(values["kurtosis"]),
             fraction_active=float(values["fraction_active"]),
         )
+
+    @functools.cached_property
+    def quantiles(self) -> dict[float, float]:
+        """The activation below which each of some shares of the tokens lies; none in stores without them.
+
+        In the tails they are exact; see `jaxplain.exemplars.quantiles` for how far off the others may be.
+        """
+        split = self.split
+        if not split.quantile_levels:
+            return {}
+        values = split._read({schema.QUANTILE: f"stats/{schema.QUANTILE}"}, self._place)[schema.QUANTILE]
+        return dict(zip(split.quantile_levels, values.tolist(), strict=True))
 
     def exemplars(self, kind: str = "max", *, limit: int | None = None) -> list[Exemplar]:
         """The sequences kept for a kind, strongest first, at most `limit` of them.
@@ -228,6 +240,11 @@ class Split:
     def kinds(self) -> tuple[str, ...]:
         """The kinds of exemplars that the store holds."""
         return tuple(self.store.config["exemplars"]["kinds"])
+
+    @property
+    def quantile_levels(self) -> tuple[float, ...]:
+        """The levels of `Neuron.quantiles`."""
+        return tuple(self.store.config.get("statistics", {}).get("quantiles", ()))
 
     @property
     def sequence_count(self) -> int:

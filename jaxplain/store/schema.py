@@ -6,7 +6,8 @@
 <split>/sequences/token                  every sequence that was seen; its row is its id
 <split>/sequences/{corpus,document,start,length}    where each came from
 <split>/{max,min,random}/{score,sequence,activation}    exemplars, strongest first
-<split>/stats/{count,mean,variance,skewness,kurtosis,fraction_active}
+<split>/stats/{count,mean,variance,skewness,kurtosis,fraction_active,quantile}
+<split>/quantile                         coordinate: the levels of stats/quantile
 
 Chunks hold whole neurons, so that one neuron is one read; shards keep the number of files low.
 """
@@ -20,6 +21,7 @@ VERSION = 1
 STORE_NAME = "exemplars.zarr"
 
 STATISTICS = ("count", "mean", "variance", "skewness", "kurtosis", "fraction_active")
+QUANTILE = "quantile"
 
 _ROWS_PER_CHUNK = 64
 _CHUNKS_PER_SHARD = 1024
@@ -137,7 +139,7 @@ def kind_arrays(
     }
 
 
-def statistics_arrays(*, layers: int, neurons: int) -> dict[str, ArraySpec]:
+def statistics_arrays(*, layers: int, neurons: int, quantiles: int) -> dict[str, ArraySpec]:
     """Statistics over all tokens that count; `count` is -1 where a neuron was not asked for.
 
     `kurtosis` is not the excess: a Gaussian has 3. It and `skewness` are NaN where nothing varies.
@@ -154,4 +156,16 @@ def statistics_arrays(*, layers: int, neurons: int) -> dict[str, ArraySpec]:
             shard=shape,
         )
 
-    return {name: spec("int64", -1) if name == "count" else spec("float32", "NaN") for name in STATISTICS}
+    single = {name: spec("int64", -1) if name == "count" else spec("float32", "NaN") for name in STATISTICS}
+    if not quantiles:
+        return single
+    chunk = (1, min(neurons, _NEURONS_PER_CHUNK), quantiles)
+    several = ArraySpec(
+        dimensions=("layer", "neuron", QUANTILE),
+        shape=(layers, neurons, quantiles),
+        dtype="float32",
+        fill="NaN",
+        chunk=chunk,
+        shard=(1, math.ceil(neurons / chunk[1]) * chunk[1], quantiles),
+    )
+    return single | {QUANTILE: several}

@@ -80,14 +80,17 @@ class StoreWriter:
         k: int,
         tokens: int,
         activation_dtype: str,
+        quantiles: Sequence[float] = (),
     ) -> "SplitWriter":
         """Make the split's empty arrays for exemplars and statistics."""
-        for name, values in (("layer", layers), ("neuron", neurons)):
-            spec = schema.vector(name, len(values), "int32")
-            array = self._files.create_array(f"{split}/{name}", spec)
-            self._files.write((array, np.asarray(values, np.int32)))
+        axes = {"layer": np.asarray(layers, np.int32), "neuron": np.asarray(neurons, np.int32)}
+        if len(quantiles):
+            axes[schema.QUANTILE] = np.asarray(quantiles, np.float64)
+        for name, values in axes.items():
+            spec = schema.vector(name, len(values), str(values.dtype))
+            self._files.write((self._files.create_array(f"{split}/{name}", spec), values))
         sizes = {"layers": len(layers), "neurons": len(neurons)}
-        groups = {"stats": schema.statistics_arrays(**sizes)}
+        groups = {"stats": schema.statistics_arrays(**sizes, quantiles=len(quantiles))}
         for kind in kinds:
             groups[kind] = schema.kind_arrays(**sizes, k=k, tokens=tokens, activation_dtype=activation_dtype)
         arrays = {}
@@ -134,8 +137,8 @@ class SplitWriter:
         )
 
     def write_statistics(self, layer: int, columns: Int[np.ndarray, "N"], **values_N: np.ndarray) -> None:
-        """Write one layer's statistics, by the names in `schema.STATISTICS`."""
-        arrays = {name: self._arrays[f"stats/{name}"] for name in schema.STATISTICS}
+        """Write one layer's statistics, by the names in `schema.STATISTICS` and `schema.QUANTILE`."""
+        arrays = {name: self._arrays[f"stats/{name}"] for name in values_N if f"stats/{name}" in self._arrays}
         self._files.write(
             *(
                 (array[layer, columns], values_N[name].astype(array.dtype.numpy_dtype))

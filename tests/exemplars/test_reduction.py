@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType
 
 from jaxplain.exemplars.extraction import counted_tokens
-from jaxplain.exemplars.merging import merge_partials
+from jaxplain.exemplars.merging import merge_partials, merge_sample
 from jaxplain.exemplars.moments import Moments, PowerSums, _recentred, merge_moments
 from jaxplain.exemplars.reduction import KINDS, Fold, Rows, empty_reduction
 from tests import oracle
@@ -31,13 +31,29 @@ def fold_batch(fold, acts_BTF):
     return fold.fold(acts_BTF).reduction
 
 
-def reduce(acts_NTF, counted_NT, lottery_N, *, k, batch, mesh, indices=None):
+def token_lottery(counted_NT):
+    return -np.random.default_rng(9).random(counted_NT.shape, np.float32)
+
+
+def reduce(acts_NTF, counted_NT, lottery_N, *, k, batch, mesh, indices=None, sampled=5):
     """All batches through the real reduction, the last one padded; then the merged answer."""
+    reduction = reduced(acts_NTF, counted_NT, lottery_N, k, batch, mesh, indices, sampled)
+    return merge_partials(reduction, mesh), merge_moments(reduction.moments)
+
+
+def reduced(acts_NTF, counted_NT, lottery_N, k, batch, mesh, indices, sampled, active_above=0.0):
     sequences, tokens, neurons = acts_NTF.shape
     kept = neurons if indices is None else len(indices)
     reduction = empty_reduction(
-        kinds=KINDS, neurons=kept, k=k, tokens=tokens, dtype=jnp.dtype("float16"), mesh=mesh
+        kinds=KINDS,
+        neurons=kept,
+        k=k,
+        tokens=tokens,
+        sampled_tokens=sampled,
+        dtype=jnp.dtype("float16"),
+        mesh=mesh,
     )
+    drawn_NT = token_lottery(counted_NT)
     for start in range(0, sequences, batch):
         stop = min(start + batch, sequences)
         pad = batch - (stop - start)
@@ -46,12 +62,13 @@ def reduce(acts_NTF, counted_NT, lottery_N, *, k, batch, mesh, indices=None):
             counted_BT=jnp.asarray(np.pad(counted_NT[start:stop], [(0, pad), (0, 0)])),
             sequence_B=jnp.arange(start, start + batch, dtype=jnp.int32),
             lottery_B=jnp.asarray(np.pad(lottery_N[start:stop], (0, pad))),
+            token_lottery_BT=jnp.asarray(np.pad(drawn_NT[start:stop], [(0, pad), (0, 0)])),
         )
         # Padding rows are full of huge activations, which must not count.
         acts_BTF = np.pad(acts_NTF[start:stop], [(0, pad), (0, 0), (0, 0)], constant_values=1e4)
-        fold = Fold(reduction=reduction, rows=rows, neurons=indices, mesh=mesh)
+        fold = Fold(reduction=reduction, rows=rows, neurons=indices, active_above=active_above, mesh=mesh)
         reduction = fold_batch(fold, jnp.asarray(acts_BTF))
-    return merge_partials(reduction, mesh), merge_moments(reduction.moments)
+    return reduction
 
 
 def assert_equals_oracle(result, acts_NTF, counted_NT, lottery_N, k):
@@ -94,6 +111,30 @@ def test_equals_oracle_on_every_mesh(shape):
     acts = draw(0, 51, 7, 16)
     result = reduce(*acts, k=6, batch=8, mesh=make_mesh(*shape))
     assert_equals_oracle(result, *acts, 6)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("sampled", [1, 30, 1000])
+def test_the_sampled_tokens_are_those_with_the_highest_draw(shape, sampled):
+    """The same tokens for all neurons, whatever the mesh; all of them where there are fewer."""
+    acts_NTF, counted_NT, lottery_N = draw(0, 51, 7, 16)
+    mesh = make_mesh(*shape)
+    reduction = reduced(acts_NTF, counted_NT, lottery_N, 6, 8, mesh, None, sampled)
+    found_FM = np.asarray(merge_sample(reduction, mesh))
+    order = np.argsort(np.where(counted_NT, -token_lottery(counted_NT), np.inf).ravel(), kind="stable")
+    kept = order[: min(sampled, counted_NT.sum())]
+    expected_FM = acts_NTF.reshape((-1, 16))[kept].T.astype(np.float16)
+    np.testing.assert_array_equal(found_FM[:, : len(kept)], expected_FM)
+    assert np.isnan(found_FM[:, len(kept) :]).all()
+    assert found_FM.shape == (16, sampled)
+
+
+def test_active_is_above_the_threshold():
+    acts_NTF, counted_NT, lottery_N = draw(0, 20, 7, 4)
+    mesh = make_mesh(2, 2)
+    reduction = reduced(acts_NTF, counted_NT, lottery_N, 3, 8, mesh, None, 1, active_above=0.5)
+    expected = (acts_NTF[counted_NT] > 0.5).mean(0)
+    np.testing.assert_allclose(merge_moments(reduction.moments).fraction_active_F, expected)
 
 
 @pytest.mark.parametrize("shape", MESHES)

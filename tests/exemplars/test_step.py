@@ -43,7 +43,13 @@ def compiled_step(layers, mesh, *, reduced=None):
     step, weights = make_step(model, mesh)
     reductions = {
         layer: empty_reduction(
-            kinds=KINDS, neurons=512, k=K, tokens=TOKENS, dtype=jnp.dtype("float16"), mesh=mesh
+            kinds=KINDS,
+            neurons=512,
+            k=K,
+            tokens=TOKENS,
+            sampled_tokens=64,
+            dtype=jnp.dtype("float16"),
+            mesh=mesh,
         )
         for layer in (range(layers) if reduced is None else reduced)
     }
@@ -52,6 +58,7 @@ def compiled_step(layers, mesh, *, reduced=None):
         counted_BT=np.ones((BATCH, TOKENS), bool),
         sequence_B=np.arange(BATCH, dtype=np.int32),
         lottery_B=np.ones(BATCH, np.float32),
+        token_lottery_BT=-np.ones((BATCH, TOKENS), np.float32),
     )
     rows = jax.device_put(rows, NamedSharding(mesh, P("data")))
     return step.lower(reductions, weights, rows, {}).compile()
