@@ -8,10 +8,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from jaxplain.configs.extraction import CorpusConfig, SourceConfig
+from jaxplain.corpora.cutting import PADDING
 from jaxplain.corpora.hashing import lottery, split_of, text_hash
 from jaxplain.corpora.packaged import _conversations
 from jaxplain.corpora.sources import Source, open_source
-from jaxplain.corpora.windows import PADDING, windows_of_split
+from jaxplain.corpora.windows import windows_of_split
 from jaxplain.errors import JaxplainError
 from tests import tiny
 
@@ -221,7 +222,7 @@ def test_chat_column_goes_through_the_template(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"preset": "nothing"}, "preset is 'nothing'; known are wikipedia-leads, chitchat"),
+        ({"preset": "nothing"}, "preset is 'nothing'; known are chitchat, fineweb, lmsys"),
         ({"dataset": "json", "data_files": "/nowhere/*.jsonl"}, "no such file: /nowhere/"),
         ({"dataset": "json"}, "needs corpus.sources.data_files"),
         (
