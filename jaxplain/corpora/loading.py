@@ -55,6 +55,13 @@ def _file_options(config: SourceConfig) -> dict[str, Any]:
     return {"data_files": patterns} | ({"delimiter": config.delimiter} if config.dataset == "csv" else {})
 
 
+def no_documents(name: str, split: str) -> JaxplainError:
+    """What is to be said of a source without any record."""
+    return JaxplainError(
+        f"{name} holds no documents in split {split!r}; check the files, or choose another split or slice."
+    )
+
+
 def explain_failure(error: Exception, config: SourceConfig) -> JaxplainError:
     """What is to be said where `datasets`, or one of the readers behind it, raises an error."""
     reason = first_line(error)
@@ -70,11 +77,13 @@ def explain_failure(error: Exception, config: SourceConfig) -> JaxplainError:
                 f"the dataset {config.dataset!r} has no revision {config.revision!r}; give a branch, tag or "
                 "commit of it, or leave corpus.sources.revision out."
             )
+    if "corresponds to no data" in reason:
+        return no_documents(config.name, config.split)
     if isinstance(error, FileNotFoundError):
         return JaxplainError(
             f"the dataset {config.dataset!r} could not be found: {reason}. Check its name (if it is private, "
-            f"log in with `hf auth login`), or use one of {', '.join(_LOCAL_FORMATS)} with data_files for local "
-            "files."
+            f"log in with `hf auth login`), or use one of {', '.join(_LOCAL_FORMATS)} with data_files for "
+            "local files."
         )
     if isinstance(error, (ConnectionError, OSError)):
         return JaxplainError(

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxplain.configs.extraction import SourceConfig
 from jaxplain.corpora.hashing import text_hash
-from jaxplain.corpora.loading import explain_failure, load_records
+from jaxplain.corpora.loading import explain_failure, load_records, no_documents
 from jaxplain.corpora.presets import resolve
 from jaxplain.corpora.streams import RecordStream
 from jaxplain.errors import JaxplainError, first_line
@@ -112,10 +112,7 @@ def open_source(
 
     columns = _columns(records, failed)
     if columns is None:
-        raise JaxplainError(
-            f"{name} holds no documents in split {config.split!r}; check the files, or choose another split "
-            "or slice."
-        )
+        raise no_documents(name, config.split)
     column = config.chat_column or config.text_column or "text"
     if column not in columns:
         raise JaxplainError(

@@ -89,7 +89,7 @@ def resolve(config: SourceConfig, *, folder: str | None) -> SourceConfig:
 
 
 def _files(name: str, chosen: Preset, folder: str | None) -> list[str]:
-    remedy = f"fetch the files with python -m jaxplain.corpora.zenodo {name} FOLDER"
+    remedy = f"fetch the files with python -m jaxplain.fetch {name} FOLDER"
     if folder is None:
         raise JaxplainError(f"the preset {name} needs corpus.{chosen.folder}, a folder; {remedy}.")
     paths = [Path(folder) / file for file in chosen.files]
