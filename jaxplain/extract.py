@@ -14,6 +14,7 @@ from jaxplain.commands import add_flag, config_parser, parse_config, run
 from jaxplain.configs.extraction import CorpusConfig, ExtractConfig, recorded
 from jaxplain.corpora.sources import Source, open_source
 from jaxplain.corpora.tokens import TokenTable, write_token_table
+from jaxplain.corpora.windows import prefix_of
 from jaxplain.errors import JaxplainError
 from jaxplain.exemplars.extraction import Extraction
 from jaxplain.exemplars.selection import select_neurons
@@ -65,6 +66,8 @@ def extract(config: ExtractConfig, *, overwrite: bool = False) -> None:
         open_source(source, subject.tokenizer, valueeval_dir=config.corpus.valueeval_dir)
         for source in config.corpus.sources
     ]
+    for source in sources:
+        prefix_of(source, config.corpus, subject.tokenizer)  # what it raises, it had better raise at once
     step, weights = make_step(subject.load(mesh, depth=selection.depth), mesh)
     extraction = Extraction(
         config=config,

@@ -71,7 +71,7 @@ def _windows_of_source(
     )
     if isinstance(documents, grain.MapDataset):
         documents = documents.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64))
-    prefix = _prefix(source, config, tokenizer)
+    prefix = prefix_of(source, config, tokenizer)
     frame = Frame(number=number, prefix=prefix, room=config.sequence_length - len(prefix))
     if packed:
         stride = min(config.stride or frame.room, frame.room)
@@ -82,7 +82,11 @@ def _windows_of_source(
     return some.map(lambda document: random_window(document, frame, seed=config.seed))
 
 
-def _prefix(source: Source, config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prefix_of(source: Source, config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that every window of the source begins with.
+
+    Raises JaxplainError where a chat prefix is asked for, and there is none or it leaves no room for text.
+    """
     if not config.chat_prefix or source.layout == "chat":
         return bos_prefix(tokenizer)
     prefix = chat_prefix(tokenizer)
