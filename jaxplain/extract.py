@@ -11,9 +11,10 @@ from rich.console import Console
 
 import jaxplain
 from jaxplain.commands import add_flag, config_parser, parse_config, run
-from jaxplain.configs.extraction import CorpusConfig, ExtractConfig
+from jaxplain.configs.extraction import CorpusConfig, ExtractConfig, recorded
 from jaxplain.corpora.sources import Source, open_source
-from jaxplain.corpora.tokens import write_token_table
+from jaxplain.corpora.tokens import TokenTable, write_token_table
+from jaxplain.corpora.windows import prefix_of
 from jaxplain.errors import JaxplainError
 from jaxplain.exemplars.extraction import Extraction
 from jaxplain.exemplars.selection import select_neurons
@@ -61,7 +62,12 @@ def extract(config: ExtractConfig, *, overwrite: bool = False) -> None:
         )
     selection = select_neurons(config.neurons, subject.arch)
     mesh = make_mesh(config.run.mesh, batch_size=config.run.batch_size, mlp_width=subject.arch.neurons)
-    sources = [open_source(source, subject.tokenizer) for source in config.corpus.sources]
+    sources = [
+        open_source(source, subject.tokenizer, valueeval_dir=config.corpus.valueeval_dir)
+        for source in config.corpus.sources
+    ]
+    for source in sources:
+        prefix_of(source, config.corpus, subject.tokenizer)  # what it raises, it had better raise at once
     step, weights = make_step(
         subject.load(mesh, depth=selection.depth), mesh, active_above=config.statistics.active_above
     )
@@ -88,10 +94,20 @@ def extract(config: ExtractConfig, *, overwrite: bool = False) -> None:
             progress,
             vocabulary=subject.arch.vocabulary,
         )
-        if table.ended_by is not None and jax.process_index() == 0:
-            print(f"{split}: {table.ended_by} ran out, so there are {table.rows} sequences")
+        if jax.process_index() == 0:
+            _report(split, table, config.corpus)
         extraction.run_split(writer, split, progress)
     writer.finish()
+
+
+def _report(split: str, table: TokenTable, config: CorpusConfig) -> None:
+    """Say what a user may not expect of a split's sequences."""
+    if table.exhausted:
+        went_on = config.when_exhausted == "continue" and len(table.exhausted) < len(config.sources)
+        then = "the other sources went on" if went_on else f"there are {table.rows} sequences"
+        print(f"{split}: {', '.join(table.exhausted)} ran out, so {then}")
+    if table.repeated:
+        print(f"{split}: {table.repeated} repeated sequences were left out")
 
 
 def _python() -> str:
@@ -117,7 +133,7 @@ def _excluded_tokens(config: CorpusConfig, subject: Subject) -> frozenset[int]:
 
 def _attributes(config: ExtractConfig, subject: Subject, sources: Sequence[Source]) -> dict[str, object]:
     return {
-        "config": dataclasses.asdict(config),
+        "config": recorded(config),
         "subject": {
             "id": subject.id,
             "revision": subject.revision,

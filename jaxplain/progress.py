@@ -12,13 +12,18 @@ Progress = Callable[..., "Bar"]
 """Called with `total=` (None where unknown), `desc=` and `unit=`, it gives a bar."""
 
 
+_KNOWN = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {per_minute}]"
+_UNKNOWN = "{desc}: {n_fmt} [{elapsed}, {per_minute}]"
+
+
 class Bar(tqdm):
-    """A tqdm bar that counts per minute."""
+    """A tqdm bar that counts per minute. Without a total, or beyond it, there is no estimate."""
 
     @property
     def format_dict(self) -> dict[str, Any]:
         """What the bar's format may name."""
         values = super().format_dict
+        values["bar_format"] = _KNOWN if values["total"] and values["n"] <= values["total"] else _UNKNOWN
         per_minute = 60 * values["n"] / values["elapsed"] if values["elapsed"] else 0.0
         return {**values, "per_minute": f"{per_minute:,.0f} {values['unit']}/min"}
 
@@ -31,5 +36,4 @@ class Bar(tqdm):
 
 def progress_bars(*, enabled: bool) -> Progress:
     """How to make bars, or bars that show nothing."""
-    known = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {per_minute}]"
-    return functools.partial(Bar, disable=not enabled, dynamic_ncols=True, bar_format=known)
+    return functools.partial(Bar, disable=not enabled, dynamic_ncols=True)

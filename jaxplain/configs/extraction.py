@@ -24,7 +24,11 @@ class SubjectConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-_DATASET_FIELDS = ("config", "revision", "data_files", "text_column", "chat_column")
+# Stores leave these fields out of the config that they record while they have their defaults, so that a
+# config from before there were such fields still makes the same store, and explanations still know it.
+_LATER = {"recorded": "unless default"}
+
+_PRESET_FIELDS = ("config", "data_files", "text_column", "chat_column")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,17 +36,26 @@ class SourceConfig:
     """One source of text. Give either a preset, or a dataset.
 
     Args:
-        preset: A named source: wikipedia-leads or chitchat.
-        dataset: A Hugging Face dataset's name, or json, csv, parquet or text for local data_files. In
-            a text file every line is a document.
+        preset: A named source: wikipedia-leads, chitchat, fineweb, lmsys-chat-1m, ultrachat, openwebtext or
+            valueeval. Their files in jaxplain/corpora/presets say what each one is.
+        dataset: A Hugging Face dataset's name, a local folder in the form of one, or json, csv, parquet or
+            text for local data_files. In a text file every line is a document.
         config: The dataset's configuration name, where it has several.
         revision: Branch, tag or commit of the dataset.
-        split: Which part of the dataset to read.
-        data_files: Local files (globs allowed) for json, csv, parquet and text. TSV is csv with a tab.
+        split: Which part of the dataset to read; a preset's own part where this is train. Slices count
+            records, train[1000:2000], or percent, train[10%:20%], and are joined by +. A percent slice of a
+            stream needs a dataset that states how many records it has.
+        streaming: Read the records as they arrive instead of downloading the dataset first. By default
+            false, or what the preset says. Every split of the corpus reads the stream from its start.
+        shuffle_buffer: A stream's documents are shuffled among this many records at a time (otherwise all
+            documents are); 0 leaves them in order.
+        data_files: Local files (globs allowed) for json, csv, parquet and text, each of which may be
+            compressed (.gz, .zst, .bz2, .xz). TSV is csv with a tab.
         delimiter: What separates the fields of a csv file.
         text_column: The column with plain text; `text` where neither column is given.
         chat_column: The column with a list of {role, content}, laid out by the subject's chat template.
-        weight: Share of the sequences, relative to the other sources' weights.
+        weight: Share of the sequences, relative to the other sources' weights, and honoured to a hundredth of
+            the smallest of them.
     """
 
     preset: str | None = None
@@ -50,6 +63,8 @@ class SourceConfig:
     config: str | None = None
     revision: str | None = None
     split: str = "train"
+    streaming: bool | None = dataclasses.field(default=None, metadata=_LATER)
+    shuffle_buffer: int = dataclasses.field(default=10_000, metadata=_LATER)
     data_files: str | list[str] | None = None
     delimiter: str = ","
     text_column: str | None = None
@@ -69,7 +84,13 @@ class SourceConfig:
             self.weight,
             "give a positive number",
         )
-        taken = [name for name in _DATASET_FIELDS if getattr(self, name) is not None]
+        require(
+            self.shuffle_buffer >= 0,
+            "corpus.sources.shuffle_buffer",
+            self.shuffle_buffer,
+            "give 0 for no shuffling, or a positive number",
+        )
+        taken = [name for name in _PRESET_FIELDS if getattr(self, name) is not None]
         require(
             self.preset is None or not taken,
             "corpus.sources.preset",
@@ -113,21 +134,39 @@ class CorpusConfig:
     """What the subject reads.
 
     Args:
-        sources: The sources, mixed by weight; sequences stop when one of them runs out.
+        sources: The sources, mixed by weight at every point of the way.
+        when_exhausted: When a source runs out, stop, so that the weights hold to the end; or continue with
+            the other sources in the ratio of their weights, until all have run out.
         sequence_length: Tokens per sequence, a BOS token included where the subject expects one.
-        stride: Tokens from the start of one sequence to the start of the next; by default no overlap.
-        separator: Put the tokenizer's EOS token between documents.
-        max_sequences: Sequences per split; 0 means until one of the sources runs out.
+        windows: packed joins documents end to end and cuts them into sequences; head takes the first tokens
+            of every document; random takes one piece of every document, drawn by seed and document, the same
+            in any run. The rest of a sequence is padding.
+        stride: Tokens from the start of one packed sequence to the start of the next; by default no overlap.
+        separator: Put the tokenizer's EOS token after every document of packed sequences.
+        chat_prefix: Begin sequences of plain text with what the subject's chat template puts before a user's
+            first message. Then no token before a sequence's text counts.
+        deduplicate: Leave out a sequence whose tokens are exactly those of an earlier one of the split, so
+            that it counts once for exemplars and statistics. Takes about 100 bytes of memory per sequence.
+        max_sequences: Sequences per split; 0 means all, until the sources run out as when_exhausted says.
+        expected_sequences: How many sequences a split is expected to have where max_sequences is 0, for the
+            estimate of the time that is left; nothing else depends on it.
+        valueeval_dir: The folder with the files of the preset valueeval.
         splits: Share of the documents in each split; a document is in one split only, by its hash.
         exclude: Tokens that never count.
         seed: Of the order of documents and of the draw for random exemplars.
     """
 
     sources: tuple[SourceConfig, ...]
+    when_exhausted: Literal["stop", "continue"] = dataclasses.field(default="stop", metadata=_LATER)
     sequence_length: int = 96
+    windows: Literal["packed", "head", "random"] = dataclasses.field(default="packed", metadata=_LATER)
     stride: int | None = None
     separator: bool = True
+    chat_prefix: bool = dataclasses.field(default=False, metadata=_LATER)
+    deduplicate: bool = dataclasses.field(default=False, metadata=_LATER)
     max_sequences: int = 1000
+    expected_sequences: int | None = dataclasses.field(default=None, metadata=_LATER)
+    valueeval_dir: str | None = dataclasses.field(default=None, metadata=_LATER)
     splits: dict[str, float] = dataclasses.field(
         default_factory=lambda: {"train": 0.5, "valid": 0.25, "test": 0.25}
     )
@@ -147,6 +186,30 @@ class CorpusConfig:
             "corpus.stride",
             self.stride,
             f"give 1 to {self.sequence_length} tokens",
+        )
+        require(
+            self.stride is None or self.windows == "packed",
+            "corpus.stride",
+            self.stride,
+            f"{self.windows} windows are one per document, so leave it out, or set corpus.windows to packed",
+        )
+        require(
+            self.expected_sequences is None or self.expected_sequences >= 1,
+            "corpus.expected_sequences",
+            self.expected_sequences,
+            "give a positive number, or leave it out",
+        )
+        require(
+            self.expected_sequences is None or self.max_sequences == 0,
+            "corpus.expected_sequences",
+            self.expected_sequences,
+            f"corpus.max_sequences {self.max_sequences} is expected already, so leave one of them out",
+        )
+        require(
+            self.valueeval_dir is None or any(source.preset == "valueeval" for source in self.sources),
+            "corpus.valueeval_dir",
+            self.valueeval_dir,
+            "no source has the preset valueeval, so leave it out",
         )
         require(
             self.max_sequences >= 0,
@@ -328,3 +391,19 @@ class ExtractConfig:
                 split,
                 f"corpus.splits has {', '.join(self.corpus.splits)}",
             )
+
+
+def recorded(config: object) -> dict[str, object]:
+    """A config as stores record it: a mapping of all its fields, but for later ones at their defaults."""
+    values = {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        if field.metadata != _LATER or value != field.default:
+            values[field.name] = _recorded_value(value)
+    return values
+
+
+def _recorded_value(value: object) -> object:
+    if dataclasses.is_dataclass(value):
+        return recorded(value)
+    return tuple(map(_recorded_value, value)) if isinstance(value, tuple) else value

@@ -1,21 +1,21 @@
 """Where text comes from: Hugging Face datasets, local files and packaged corpora, as documents."""
 
 import dataclasses
-import glob
 import json
+from collections.abc import Callable
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import datasets
-import datasets.exceptions
+import grain
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from jaxplain.configs.extraction import SourceConfig
 from jaxplain.corpora.hashing import text_hash
-from jaxplain.corpora.packaged import PACKAGED_CORPORA, packaged_file
+from jaxplain.corpora.loading import explain_failure, load_records, no_documents
+from jaxplain.corpora.presets import resolve
+from jaxplain.corpora.streams import RecordStream
 from jaxplain.errors import JaxplainError, first_line
-
-_LOCAL_FORMATS = ("json", "csv", "parquet", "text")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,20 +37,43 @@ class Records(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """Records with random access, and which column of them to read how."""
+    """Records with random access or a stream of them, and which column of them to read how.
+
+    `shuffle_buffer` is among how many of a stream's records their order is drawn, and `failed` what is to
+    be said where the stream breaks.
+    """
 
     name: str
     weight: float
-    records: Records
+    records: Records | datasets.IterableDataset
     column: str
     layout: Literal["text", "chat"]
+    shuffle_buffer: int = 0
+    failed: Callable[[Exception], JaxplainError] = JaxplainError
+
+    def documents(
+        self, tokenizer: PreTrainedTokenizerBase, *, seed: int
+    ) -> grain.MapDataset[Document] | grain.IterDataset[Document]:
+        """All documents, in an order drawn by the seed; a stream's as an IterDataset."""
+        if not isinstance(self.records, datasets.IterableDataset):
+            rows = grain.MapDataset.range(len(self.records)).seed(seed).shuffle()
+            return rows.map(lambda row: self.document(row, tokenizer))
+        stream = self.records
+        if self.shuffle_buffer:
+            stream = stream.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
+        return RecordStream(stream, self.failed).map(lambda numbered: self._read(*numbered, tokenizer))
 
     def document(self, row: int, tokenizer: PreTrainedTokenizerBase) -> Document:
-        """A row's document; a chat is laid out by the tokenizer's chat template, null is no text.
+        """The document of a row, of records with random access.
+
+        A chat is laid out by the tokenizer's chat template, and null is no text.
 
         Raises JaxplainError where the row's column holds something else.
         """
-        value = self.records[row][self.column]
+        return self._read(row, self.records[row], tokenizer)  # type: ignore[index]
+
+    def _read(self, row: int, record: Any, tokenizer: PreTrainedTokenizerBase) -> Document:
+        value = record[self.column]
         if value is None:
             return Document(id=0, text="")
         if self.layout == "text":
@@ -75,82 +98,62 @@ class Source:
         return Document(id=text_hash(json.dumps(value, sort_keys=True, default=str)), text=str(text))
 
 
-def open_source(config: SourceConfig, tokenizer: PreTrainedTokenizerBase) -> Source:
+def open_source(
+    config: SourceConfig, tokenizer: PreTrainedTokenizerBase, *, valueeval_dir: str | None = None
+) -> Source:
     """Open a source. Raises JaxplainError where it, its files or its column cannot be had."""
+    name, weight = config.name, config.weight
     if config.preset is not None:
-        if config.preset not in PACKAGED_CORPORA:
-            raise JaxplainError(
-                f"corpus.sources.preset is {config.preset!r}; known are {', '.join(PACKAGED_CORPORA)}."
-            )
-        packaged = PACKAGED_CORPORA[config.preset]
-        records = _load(
-            dataclasses.replace(
-                config, preset=None, dataset="json", data_files=str(packaged_file(config.preset))
-            )
-        )
-        column, layout = packaged.column, packaged.layout
-    else:
-        records = _load(config)
-        column = config.chat_column or config.text_column or "text"
-        layout = "chat" if config.chat_column else "text"
-    if column not in (records.column_names or ()):
+        config = resolve(config, folder=valueeval_dir)
+    records = load_records(config)
+
+    def failed(error: Exception) -> JaxplainError:
+        return explain_failure(error, config)
+
+    columns = _columns(records, failed)
+    if columns is None:
+        raise no_documents(name, config.split)
+    column = config.chat_column or config.text_column or "text"
+    if column not in columns:
         raise JaxplainError(
-            f"{config.name} has no column {column!r}; it has "
-            f"{', '.join(records.column_names or ())}. Set text_column or chat_column."
+            f"{name} has no column {column!r}; it has {', '.join(map(_shown, columns))}. "
+            f"Set text_column or chat_column{', or the delimiter' if config.dataset == 'csv' else ''}."
         )
-    if layout == "chat" and not getattr(tokenizer, "chat_template", None):
+    if config.chat_column and not getattr(tokenizer, "chat_template", None):
         raise JaxplainError(
-            f"{config.name} is chat data, but the subject's tokenizer has no chat template; "
+            f"{name} is chat data, but the subject's tokenizer has no chat template; "
             "use a chat model as the subject, or plain text."
         )
-    if len(records) == 0:
-        raise JaxplainError(f"{config.name} holds no documents.")
-    return Source(name=config.name, weight=config.weight, records=records, column=column, layout=layout)
+    return Source(
+        name=name,
+        weight=weight,
+        records=records,
+        column=column,
+        layout="chat" if config.chat_column else "text",
+        shuffle_buffer=config.shuffle_buffer,
+        failed=failed,
+    )
+
+
+def _columns(
+    records: datasets.Dataset | datasets.IterableDataset, failed: Callable[[Exception], JaxplainError]
+) -> list[str] | None:
+    """The names of the columns; None where there are no records."""
+    if isinstance(records, datasets.Dataset):
+        # A file without any record has no columns either, or some; both are no records.
+        return list(records.column_names or ()) if len(records) else None
+    try:
+        first = next(iter(records), None)
+    except Exception as error:
+        raise failed(error) from error
+    return None if first is None else list(first)
+
+
+def _shown(column: str) -> str:
+    return column.encode("unicode_escape").decode() if not column.isprintable() else column
 
 
 def _is_chat(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(message, dict) and {"role", "content"} <= message.keys() for message in value
     )
-
-
-def _load(config: SourceConfig) -> datasets.Dataset:
-    # What it logs on the way to an exception, the exception says too.
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    options: dict[str, Any] = {}
-    if config.dataset in _LOCAL_FORMATS:
-        if config.data_files is None:
-            raise JaxplainError(
-                f"a {config.dataset} source needs corpus.sources.data_files, a path or a list of paths."
-            )
-        patterns = [config.data_files] if isinstance(config.data_files, str) else config.data_files
-        for pattern in patterns:
-            if "://" not in pattern and not glob.glob(pattern, recursive=True):
-                raise JaxplainError(f"corpus.sources.data_files: no such file: {pattern}.")
-        options["data_files"] = patterns
-        if config.dataset == "csv":
-            options["delimiter"] = config.delimiter
-    elif config.data_files is not None:
-        options["data_files"] = config.data_files
-    try:
-        return datasets.load_dataset(
-            str(config.dataset),
-            name=config.config,
-            split=config.split,
-            revision=config.revision,
-            **options,
-        )
-    except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
-        raise JaxplainError(
-            f"the dataset {config.dataset!r} could not be found: {first_line(error)}. Check its "
-            f"name, or use one of {', '.join(_LOCAL_FORMATS)} with data_files for local files."
-        ) from error
-    except (ConnectionError, OSError) as error:
-        raise JaxplainError(
-            f"the dataset {config.dataset!r} could not be fetched: {first_line(error)}. "
-            "Check the network, or the access token for a gated dataset."
-        ) from error
-    except Exception as error:  # each of the readers behind `datasets` has errors of its own
-        raise JaxplainError(
-            f"the dataset {config.name!r} could not be read: {first_line(error.__cause__ or error)}."
-        ) from error

@@ -11,9 +11,10 @@ from jaxtyping import Float, Int
 from transformers import PreTrainedTokenizerBase
 
 from jaxplain.configs.extraction import CorpusConfig
+from jaxplain.corpora.cutting import PADDING, Window
 from jaxplain.corpora.hashing import lottery, token_lottery
 from jaxplain.corpora.sources import Source
-from jaxplain.corpora.windows import PADDING, Window, exhausted_source, windows_of_split
+from jaxplain.corpora.windows import windows_of_split
 from jaxplain.errors import JaxplainError
 from jaxplain.progress import Progress
 from jaxplain.store.writer import SequenceBlock, StoreWriter, blocks_of
@@ -23,10 +24,11 @@ _ROWS_PER_WRITE = 4096
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenTable:
-    """What was written: how many rows, and the name of the source that ended it by running out."""
+    """What was written: how many rows. Which sources ran out, and how many repeated windows were left out."""
 
     rows: int
-    ended_by: str | None
+    exhausted: tuple[str, ...]
+    repeated: int
 
 
 def write_token_table(
@@ -55,7 +57,8 @@ def write_token_table(
 
     mixed = windows_of_split(sources, config, split, tokenizer)
     windows = itertools.islice(mixed, config.max_sequences) if config.max_sequences else mixed
-    with progress(total=config.max_sequences or None, desc=f"{split}: cut", unit="sequences") as bar:
+    total = config.max_sequences or config.expected_sequences
+    with progress(total=total, desc=f"{split}: cut", unit="sequences") as bar:
         blocks = blocks_of(map(row, bar.over(windows)), _ROWS_PER_WRITE)
         rows = writer.write_sequences(split, blocks, tokens=config.sequence_length)
     if rows == 0:
@@ -63,7 +66,11 @@ def write_token_table(
             f"the corpus is empty: no source gave a sequence for split {split!r}; "
             "check the text columns, or give the split a larger share in corpus.splits."
         )
-    return TokenTable(rows=rows, ended_by=exhausted_source(mixed, sources))
+    return TokenTable(
+        rows=rows,
+        exhausted=tuple(sources[number].name for number in sorted(mixed.exhausted)),
+        repeated=mixed.repeated,
+    )
 
 
 def _row(window: Window) -> SequenceBlock:
@@ -80,11 +87,13 @@ def _row(window: Window) -> SequenceBlock:
 class TokenBatch:
     """Consecutive rows of a token table, padded to the batch size with rows of -1.
 
-    `sequence_B` are the row numbers, `lottery_B` each row's number in the draw for random exemplars, and
-    `token_lottery_BT` each token's in the draw for quantiles.
+    `before_B` counts the tokens before each row's text (BOS, or the chat prefix); `sequence_B` are the row
+    numbers, `lottery_B` each row's number in the draw for random exemplars, and `token_lottery_BT` each
+    token's in the draw for quantiles.
     """
 
     tokens_BT: Int[np.ndarray, "B T"]
+    before_B: Int[np.ndarray, "B"]
     sequence_B: Int[np.ndarray, "B"]
     lottery_B: Float[np.ndarray, "B"]
     token_lottery_BT: Float[np.ndarray, "B T"]
@@ -98,10 +107,11 @@ def token_batches(table: dict[str, ts.TensorStore], *, batch_size: int, seed: in
     def read(start: int) -> TokenBatch:
         stop = min(start + batch_size, rows)
         padding = [(0, batch_size - (stop - start))]
-        read_rows = [table[name][start:stop].read() for name in ("token", "document", "start")]
-        tokens_NT, document_N, start_N = (np.asarray(future.result()) for future in read_rows)
+        read_rows = [table[name][start:stop].read() for name in ("token", "document", "start", "length")]
+        tokens_NT, document_N, start_N, length_N = (np.asarray(future.result()) for future in read_rows)
         return TokenBatch(
             tokens_BT=np.pad(tokens_NT, [*padding, (0, 0)], constant_values=PADDING),
+            before_B=np.pad((tokens_NT != PADDING).sum(1) - length_N, padding).astype(np.int32),
             # Padding rows take the numbers that follow; they have no token that counts.
             sequence_B=np.arange(start, start + batch_size, dtype=np.int32),
             lottery_B=np.pad(lottery(seed, document_N, start_N), padding),

@@ -116,7 +116,10 @@ class Extraction:
     def _rows(self, batch: TokenBatch) -> Rows:
         sharding = NamedSharding(self.mesh, P("data"))
         counted_BT = counted_tokens(
-            batch.tokens_BT, excluded=self.excluded, first=self.config.corpus.exclude.first
+            batch.tokens_BT,
+            excluded=self.excluded,
+            first=self.config.corpus.exclude.first,
+            before_B=batch.before_B if self.config.corpus.chat_prefix else None,
         )
 
         def on_mesh(x: np.ndarray) -> jax.Array:
@@ -182,9 +185,15 @@ class Extraction:
 
 
 def counted_tokens(
-    tokens_BT: Int[np.ndarray, "B T"], *, excluded: frozenset[int], first: int
+    tokens_BT: Int[np.ndarray, "B T"],
+    *,
+    excluded: frozenset[int],
+    first: int,
+    before_B: Int[np.ndarray, "B"] | None = None,
 ) -> Bool[np.ndarray, "B T"]:
-    """Which tokens count: not padding, not excluded, not among the `first` of their sequence."""
+    """Which tokens count: not padding, not excluded, nor the `first` (or `before_B`) of a sequence."""
     counted_BT = (tokens_BT >= 0) & ~np.isin(tokens_BT, list(excluded))
     counted_BT[:, :first] = False
+    if before_B is not None:
+        counted_BT &= np.arange(tokens_BT.shape[1])[None] >= before_B[:, None]
     return counted_BT

@@ -68,7 +68,14 @@ def attend(
     b, t, h, _ = query_BTHC.shape
     slots = keys_BKCS.shape[3] + (0 if prefix is None else prefix[0].shape[3])
     blocks = math.ceil(b * t * h * slots / _LOGITS_AT_ONCE)
-    whole = functools.partial(_attend, keys_BKCS=keys_BKCS, values_BKSC=values_BKSC, prefix=prefix)
+    whole = functools.partial(
+        _attend,
+        keys_BKCS=keys_BKCS,
+        values_BKSC=values_BKSC,
+        prefix=prefix,
+        scale=query_BTHC.shape[3] ** -0.5 if scale is None else scale,
+        softcap=softcap,
+    )
     if blocks <= 2:  # a loop is not worth it, least of all with the gradient
         return whole(query_BTHC, seen_BTS, prefix_seen_BTP)
     return jax.lax.platform_dependent(
@@ -103,11 +110,12 @@ def _attend(
     keys_BKCS: Float[Array, "B K C S"],
     values_BKSC: Float[Array, "B K S C"],
     prefix: Prefix | None,
+    scale: float,
+    softcap: float | None,
 ) -> Float[Array, "B T H C"]:
     b, t, h, c = query_BTHC.shape
     k = keys_BKCS.shape[1]
-    query_BKGTC = query_BTHC.reshape((b, t, k, h // k, c)).transpose(0, 2, 3, 1, 4)
-    query_BKGTC = query_BKGTC * (c**-0.5 if scale is None else scale)
+    query_BKGTC = query_BTHC.reshape((b, t, k, h // k, c)).transpose(0, 2, 3, 1, 4) * scale
     highest, total, mixed_BKGTC = _unnormalised(
         query_BKGTC, keys_BKCS, values_BKSC, seen_BTS[:, None, None], leading=2, softcap=softcap
     )

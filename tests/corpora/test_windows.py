@@ -7,38 +7,15 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from jaxplain.configs.extraction import CorpusConfig, SourceConfig
+from jaxplain.configs.extraction import SourceConfig
+from jaxplain.corpora.cutting import PADDING
 from jaxplain.corpora.hashing import lottery, split_of, text_hash
 from jaxplain.corpora.packaged import _conversations
 from jaxplain.corpora.sources import Source, open_source
-from jaxplain.corpora.windows import PADDING, windows_of_split
+from jaxplain.corpora.windows import windows_of_split
 from jaxplain.errors import JaxplainError
 from tests import tiny
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tiny.write_tokenizer(folder)
-    return AutoTokenizer.from_pretrained(folder)
-
-
-def source(texts, name="made-up", weight=1.0):
-    records = [{"text": text} for text in texts]
-    return Source(name=name, weight=weight, records=records, column="text", layout="text")
-
-
-def config(**fields):
-    defaults = {
-        "sources": (SourceConfig(preset="chitchat"),),
-        "sequence_length": 16,
-        "max_sequences": 0,
-    }
-    return CorpusConfig(**defaults | {"splits": {"train": 1.0}} | fields)
-
-
-def windows(sources, config, tokenizer, split="train"):
-    return list(windows_of_split(sources, config, split, tokenizer))
+from tests.corpora.makers import config, source, windows
 
 
 def test_every_token_once_and_in_order(tokenizer):
@@ -221,7 +198,7 @@ def test_chat_column_goes_through_the_template(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"preset": "nothing"}, "preset is 'nothing'; known are wikipedia-leads, chitchat"),
+        ({"preset": "nothing"}, "preset is 'nothing'; known are chitchat, fineweb, lmsys"),
         ({"dataset": "json", "data_files": "/nowhere/*.jsonl"}, "no such file: /nowhere/"),
         ({"dataset": "json"}, "needs corpus.sources.data_files"),
         (
