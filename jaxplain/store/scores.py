@@ -190,7 +190,8 @@ def read_scores(
     names = [field.name for field in dataclasses.fields(Score)]
     for row in rows:
         found: dict[str, Any] = dict(zip(names, row, strict=True))
-        yield Score(**found | {name: _nan(found[name]) for name in ("value", "low", "high")})
+        found.update({name: _nan(found[name]) for name in ("value", "low", "high")})
+        yield Score(**found)
 
 
 def _null(value: float) -> float | None:
