@@ -19,7 +19,7 @@ from jaxplain.store.explanations import open_explanations
 from tests.explainers.faults import client_error, refused, text, truncated
 from tests.explainers.gemini_server import gemini_server
 from tests.explainers.remote_runs import serve
-from tests.simulators.asked import TEXTS, WHOLE, job_of, levels_for, right_answer, simulate
+from tests.simulators.asked import TEXTS, WHOLE, WRONG, job_of, levels_for, right_answer, simulate
 
 
 def asked_json(provider, body):
