@@ -148,7 +148,7 @@ def plain_step(subject: Subject, mesh: Mesh, *, apart: bool) -> Callable[[Any, B
         if state is None:
             copied = jax.tree.map(jnp.copy, first)
             state = copied, optimiser.init(copied)
-        return step(state, frozen, *batch.arrays())
+        return step(state, frozen, *batch)
 
     return go_on
 

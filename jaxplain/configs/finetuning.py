@@ -84,7 +84,7 @@ class TrainingConfig:
         parts: What is trained: everything (full), the last `last_layers` layers, or low-rank updates
             of all layers (lora). The readout's rows of the unembedding are trained in any case.
         reset_readout: Start with the readout's rows at zero, so that they are fitted before anything
-            else moves (Kumar et al., 2022); false goes on from a model that is a simulator already.
+            else moves (Kumar et al., 2022). By default so unless the model is a simulator already.
         readout_rate: The learning rate of the readout's rows, as a multiple of `learning_rate`.
         last_layers: For `parts: last_layers`.
         lora: For `parts: lora`.
@@ -106,7 +106,7 @@ class TrainingConfig:
     clip: float = 1.0
     parts: Literal["full", "last_layers", "lora"] = "full"
     last_layers: int = 8
-    reset_readout: bool = True
+    reset_readout: bool | None = None
     readout_rate: float = 10.0
     lora: LoraConfig = LoraConfig()
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -185,8 +186,8 @@ class _Run:
     def _simulate(self, simulator: SimulatorConfig, number: int, explanations: Sequence[Explanation]) -> None:
         """Have a simulator make what the database lacks."""
         wanted: list[tuple[Explanation, str, list[int]]] = []
-        for explanation in explanations:
-            for split in self._splits():
+        with self._progress(total=len(explanations), desc="look up", unit="explanations") as bar:
+            for explanation, split in itertools.product(bar.over(explanations), self._splits()):
                 kept = self._scores.simulations(number, explanation.id, split)
                 missing = [
                     place

@@ -80,7 +80,11 @@ def finetune(config: FinetuneConfig, *, overwrite: bool = False) -> Finetuned:
     if added:
         rows = max(subject.arch.vocabulary, max(added) + 1)
         decoder = grow_vocabulary(decoder, rows, like=ids)
-    trainer = Trainer(decoder, config.training, readout.level_ids, mesh)
+    training = config.training
+    if training.reset_readout is None:
+        is_simulator = (subject.folder / SIMULATOR_NAME).exists()
+        training = dataclasses.replace(training, reset_readout=not is_simulator)
+    trainer = Trainer(decoder, training, readout.level_ids, mesh)
     del decoder
     with Checkpoints(output / _CHECKPOINTS_NAME) as checkpoints:
         state = _train(config, trainer, dataset, checkpoints, output)

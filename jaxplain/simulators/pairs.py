@@ -6,6 +6,7 @@ both, so that the loss there is that of new neurons on new text.
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -21,26 +22,19 @@ from jaxplain.simulators.readout import Readout
 from jaxplain.store.explanations import Explanation
 from jaxplain.store.reader import Exemplar, Neuron, Split
 
-_FIELDS = ("prompts_EP", "tokens_EST", "levels_EST")
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Batch:
-    """Explanations, each with sequences of its neuron; int32.
+class Batch(NamedTuple):
+    """Explanations, each with sequences of its neuron; int32, numpy's on the host and jax's on devices.
 
     Attributes:
-        prompts_EP: What the simulator is told, with the explanation; -1 after it.
-        tokens_EST: Tokens of the sequences, -1 where there is none.
-        levels_EST: The level to predict at each token; -1 where there is none to predict.
+        prompts_EP: What the simulator is told, with the explanation; -1 after it. [E, P]
+        tokens_EST: Tokens of the sequences, -1 where there is none. [E, S, T]
+        levels_EST: The level to predict at each token; -1 where there is none to predict. [E, S, T]
     """
 
-    prompts_EP: Int[np.ndarray, "E P"]
-    tokens_EST: Int[np.ndarray, "E S T"]
-    levels_EST: Int[np.ndarray, "E S T"]
-
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Prompts, tokens and levels."""
-        return self.prompts_EP, self.tokens_EST, self.levels_EST
+    prompts_EP: Any
+    tokens_EST: Any
+    levels_EST: Any
 
 
 class Pairs(grain.sources.RandomAccessDataSource):
@@ -197,7 +191,7 @@ def training_batches(pairs: Pairs, *, batch_size: int, seed: int, start: int) ->
     while True:
         batch = dataset[number]
         assert batch is not None
-        yield Batch(**dict(zip(_FIELDS, batch, strict=True)))
+        yield Batch(*batch)
         number += 1
 
 
@@ -212,4 +206,4 @@ def evaluation_batches(pairs: Pairs, *, batch_size: int, most: int, seed: int) -
     for start in range(0, len(chosen), batch_size):
         rows = [pairs[number] for number in chosen[start : start + batch_size].tolist()]
         rows += [(rows[0][0], rows[0][1], np.full_like(rows[0][2], NOT_COUNTED))] * (batch_size - len(rows))
-        yield Batch(**dict(zip(_FIELDS, map(np.stack, zip(*rows, strict=True)), strict=True)))
+        yield Batch(*map(np.stack, zip(*rows, strict=True)))

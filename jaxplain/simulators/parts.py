@@ -68,7 +68,7 @@ def divide(
             if name.startswith("head.norm.") or ".".join(name.split(".")[:2]) in kept
         }
     rows_LD = unembedding_rows(parameters, level_ids)
-    trained[READOUT] = jnp.zeros_like(rows_LD) if config.reset_readout else rows_LD
+    trained[READOUT] = rows_LD if config.reset_readout is False else jnp.zeros_like(rows_LD)
     return trained, {name: value for name, value in parameters.items() if name not in trained}
 
 

@@ -123,15 +123,14 @@ class Trainer:
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """One optimiser step; the state that it was given is gone."""
-        pieces = self._config.accumulate
-        return self._step(state, self._frozen, *self._placed(batch, pieces))
+        return self._step(state, self._frozen, self._placed(batch, self._config.accumulate))
 
     def evaluate(self, state: TrainState, batches: Iterable[Batch]) -> Evaluation:
         """How well the state does on batches."""
         total = None
         for batch in batches:
-            arrays = (x[0] for x in self._placed(batch, 1))
-            sums = self._sums(state.trained, self._frozen, *arrays)
+            piece = jax.tree.map(lambda x: x[0], self._placed(batch, 1))
+            sums = self._sums(state.trained, self._frozen, piece)
             found = jax.tree.map(lambda value: np.asarray(value, np.float64), sums)
             total = found if total is None else jax.tree.map(np.add, total, found)
         if total is None:
@@ -143,55 +142,42 @@ class Trainer:
         assembled = self._assemble(state.trained, self._frozen, jnp.dtype("float32"))
         return decoder_of(self._graph, assembled)
 
-    def _placed(self, batch: Batch, pieces: int) -> list[Array]:
-        """The batch's arrays, cut into pieces along a new first axis."""
+    def _placed(self, batch: Batch, pieces: int) -> Batch:
+        """The batch on the devices, cut into pieces along a new first axis."""
         place = NamedSharding(self._mesh, P(None, "data"))
-        return [
-            jax.make_array_from_process_local_data(place, x.reshape((pieces, -1, *x.shape[1:])))
-            for x in batch.arrays()
-        ]
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(place, x.reshape((pieces, -1, *x.shape[1:]))),
+            batch,
+        )
 
     def _assembled(self, trained: Parameters, frozen: Parameters, dtype: jnp.dtype) -> Parameters:
         return assemble(trained, frozen, self._config, self._level_ids, dtype)
 
     def _log_probabilities(
-        self, trained: Parameters, frozen: Parameters, prompts_EP: Array, tokens_EST: Array
+        self, trained: Parameters, frozen: Parameters, batch: Batch
     ) -> Float[Array, "E S T 11"]:
         dtype = jnp.dtype(self._config.compute_dtype)
         decoder = decoder_of(self._graph, self._assembled(trained, frozen, dtype))
-        x_BTD = read_sequences(decoder, prompts_EP, tokens_EST, remat=self._config.remat)
+        x_BTD = read_sequences(decoder, batch.prompts_EP, batch.tokens_EST, remat=self._config.remat)
         logits_BTL = decoder.unembed_by(x_BTD, trained[READOUT].astype(dtype), self._level_ids)
-        return jax.nn.log_softmax(logits_BTL).reshape((*tokens_EST.shape, LEVELS))
+        return jax.nn.log_softmax(logits_BTL).reshape((*batch.tokens_EST.shape, LEVELS))
 
-    def _loss(
-        self,
-        trained: Parameters,
-        frozen: Parameters,
-        prompts_EP: Array,
-        tokens_EST: Array,
-        levels_EST: Array,
-    ) -> Float[Array, ""]:
+    def _loss(self, trained: Parameters, frozen: Parameters, batch: Batch) -> Float[Array, ""]:
         """Cross-entropy, summed over the tokens that count."""
-        return _cross_entropy(self._log_probabilities(trained, frozen, prompts_EP, tokens_EST), levels_EST)
+        return _cross_entropy(self._log_probabilities(trained, frozen, batch), batch.levels_EST)
 
     def _take_step(
-        self,
-        state: TrainState,
-        frozen: Parameters,
-        prompts_AEP: Array,
-        tokens_AEST: Array,
-        levels_AEST: Array,
+        self, state: TrainState, frozen: Parameters, pieces: Batch
     ) -> tuple[TrainState, StepMetrics]:
-        count = jnp.maximum((levels_AEST >= 0).sum(), 1).astype(jnp.float32)
+        count = jnp.maximum((pieces.levels_EST >= 0).sum(), 1).astype(jnp.float32)
 
-        def add(total: tuple, piece: tuple) -> tuple[tuple, None]:
-            found = jax.value_and_grad(self._loss)(state.trained, frozen, *piece)
+        def add(total: tuple, piece: Batch) -> tuple[tuple, None]:
+            found = jax.value_and_grad(self._loss)(state.trained, frozen, piece)
             return jax.tree.map(jnp.add, total, found), None
 
-        pieces = (prompts_AEP, tokens_AEST, levels_AEST)
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trained))
         if self._config.accumulate == 1:
-            total, _ = add(zero, tuple(piece[0] for piece in pieces))
+            total, _ = add(zero, jax.tree.map(lambda x: x[0], pieces))
         else:
             total, _ = jax.lax.scan(add, zero, pieces)
         loss, gradient = jax.tree.map(lambda x: x / count, total)
@@ -200,15 +186,9 @@ class Trainer:
         metrics = StepMetrics(loss, optax.tree.norm(gradient), jnp.asarray(self._rate(state.step)))
         return TrainState(state.step + 1, trained, optimiser), metrics
 
-    def _evaluation_sums(
-        self,
-        trained: Parameters,
-        frozen: Parameters,
-        prompts_EP: Array,
-        tokens_EST: Array,
-        levels_EST: Array,
-    ) -> _Sums:
-        log_probabilities_ESTL = self._log_probabilities(trained, frozen, prompts_EP, tokens_EST)
+    def _evaluation_sums(self, trained: Parameters, frozen: Parameters, batch: Batch) -> _Sums:
+        log_probabilities_ESTL = self._log_probabilities(trained, frozen, batch)
+        levels_EST = batch.levels_EST
         expected_EST = jnp.exp(log_probabilities_ESTL) @ jnp.arange(LEVELS, dtype=jnp.float32)
         expected_EST = jnp.where(levels_EST >= 0, expected_EST, 0)
         return _Sums(

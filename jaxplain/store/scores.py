@@ -156,18 +156,9 @@ class ScoreDatabase:
                 f"INSERT OR REPLACE INTO scores VALUES ({', '.join('?' * 14)})",
                 [
                     (
-                        *(
-                            simulator,
-                            s.simulator,
-                            s.explanation,
-                            s.split,
-                            s.sequences,
-                            s.metric,
-                            s.calibration,
-                        ),
-                        *map(_null, (s.value,)),
-                        s.reason,
-                        *map(_null, (s.low, s.high)),
+                        *(simulator, s.simulator, s.explanation, s.split),
+                        *(s.sequences, s.metric, s.calibration),
+                        *(_null(s.value), s.reason, _null(s.low), _null(s.high)),
                         *(top, random, now),
                     )
                     for s in scores
@@ -196,22 +187,11 @@ def read_scores(
         if "no such table" in str(error):
             return
         raise JaxplainError(f"{database.path} could not be read: {first_line(error)}.") from error
+    names = [field.name for field in dataclasses.fields(Score)]
     for row in rows:
-        *names, value, reason, low, high = row
-        explanation, sign, simulator, split, sequences, metric, calibration = names
-        yield Score(
-            explanation=explanation,
-            sign=sign,
-            simulator=simulator,
-            split=split,
-            sequences=sequences,
-            metric=metric,
-            calibration=calibration,
-            value=_nan(value),
-            reason=reason,
-            low=_nan(low),
-            high=_nan(high),
-        )
+        found: dict[str, Any] = dict(zip(names, row, strict=True))
+        found.update({name: _nan(found[name]) for name in ("value", "low", "high")})
+        yield Score(**found)
 
 
 def _null(value: float) -> float | None:

@@ -3,7 +3,7 @@
 On a CPU it takes about half the time of `jax.nn.dot_product_attention` forwards, and up to three quarters
 with the gradient. Keys and values lie in memory as the products want them, and query heads that share a key
 head are rows of one product. A CPU takes a block of queries at a time, whose logits stay in its caches, which
-doubles its speed at long sequences.
+doubles its speed where there are many.
 """
 
 import functools

@@ -1,6 +1,4 @@
-"""Fixtures of the tests of remote models; `config` also sees to their environment."""
-
-import ssl
+"""Fixtures of the tests of remote models."""
 
 import pytest
 
@@ -10,29 +8,12 @@ from jaxplain.configs.explanation import (
     ExplainerConfig,
     PromptConfig,
 )
-from jaxplain.explainers import remote
-from tests.explainers.remote_runs import KEYS, write_neurons
+from tests.explainers.remote_runs import write_neurons
 
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory):
     return write_neurons(tmp_path_factory.mktemp("store") / "exemplars.zarr", 40)
-
-
-@pytest.fixture(params=["openai", "gemini"])
-def provider(request):
-    return request.param
-
-
-@pytest.fixture
-def remote_environment(monkeypatch, tmp_path):
-    """No keys, a cache of the test's own, and short waits."""
-    for name in KEYS:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("JAXPLAIN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "_FIRST_WAIT", 0.002)
-    # Certificates, which take longer to read than all else here, serve no purpose over http.
-    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *_, **__: None)
 
 
 @pytest.fixture

@@ -68,6 +68,18 @@ def test_a_shallow_simulator_has_that_many_layers(finetune):
     assert open_subject(SubjectConfig(id=str(output / "model"))).arch.layers == 1
 
 
+def test_a_simulator_goes_on_from_what_it_has_learnt(finetune, tmp_path):
+    first = finetune()
+    finetune("--model.id", first / "model", "--output", tmp_path / "second", steps=1)
+    assert held_out(tmp_path / "second")[0] == pytest.approx(min(held_out(first).values()), rel=1e-4)
+    finetune(
+        *("--model.id", first / "model", "--output", tmp_path / "third"),
+        *("--training.reset_readout", "true"),
+        steps=1,
+    )
+    assert held_out(tmp_path / "third")[0] == pytest.approx(np.log(11), rel=1e-4)
+
+
 def test_tensorboard_has_what_metrics_has(finetune):
     output = finetune(steps=4)
     found = {}

@@ -1,26 +1,16 @@
-"""The simulator without log-probabilities: a fake model for any tokens, real clients for the wire."""
+"""The simulator without log-probabilities: a fake model for any tokens."""
 
-import contextlib
-import dataclasses
 import json
-import math
-import random
 import re
-import ssl
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxplain.configs.explanation import ExplainerConfig, PriceConfig, SamplingConfig
 from jaxplain.errors import JaxplainError
-from jaxplain.explainers import gemini_batches, remote
-from jaxplain.explainers.models import open_model
 from jaxplain.explainers.prompts import Message
-from jaxplain.explainers.remote import Purse
-from jaxplain.explainers.replies import Reply, Request, UnparsableError, parse_json
-from jaxplain.simulators import logprob_free
+from jaxplain.explainers.replies import Reply, UnparsableError, parse_json
 from jaxplain.simulators.logprob_free import (
     SCHEMA,
     LogprobFreeSimulator,
@@ -28,106 +18,21 @@ from jaxplain.simulators.logprob_free import (
     simulation_messages,
     token_texts,
 )
-from jaxplain.simulators.simulation import Failure, Job, Simulation, Simulator
-from jaxplain.store.explanations import open_explanations
-from jaxplain.store.reader import Vocabulary
-from tests.explainers.faults import client_error, refused, text, truncated
-from tests.explainers.gemini_server import gemini_server
-from tests.explainers.remote_runs import KEYS, serve
-
-TEXTS = [" the", " dog", "\n", '"', "\\n", " "]
-"""The tokens of most tests here, in order."""
-
-
-def vocabulary_of(tokens):
-    """A vocabulary of tokens, given as bytes or text."""
-    spelled = [t if isinstance(t, bytes) else t.encode("utf-8", "surrogateescape") for t in tokens]
-    return Vocabulary(
-        np.frombuffer(b"".join(spelled), np.uint8), np.cumsum([len(t) for t in spelled], dtype=np.int64)
-    )
-
-
-def job_of(*sequences, explanation="animals", layer=3, index=7, sign="max"):
-    tokens = [np.array(sequence, np.int32) for sequence in sequences]
-    return Job(layer=layer, index=index, sign=sign, explanation=explanation, sequences=tokens)
-
-
-WHOLE = job_of(range(len(TEXTS)))
-
-
-def shown_in(prompt):
-    """The tokens as a prompt writes them, read from its numbered lines."""
-    lines = re.findall(r"^(\d+): (.*)$", prompt, re.MULTILINE)
-    assert [int(number) for number, _ in lines] == list(range(1, len(lines) + 1))
-    return [json.loads(token) for _, token in lines]
-
-
-def level(prompt, place):
-    """What the models here take for a token's activation: something else for every prompt and place."""
-    return random.Random(f"{prompt.split('Explanation: ')[1]}/{place}").randint(0, 10)
-
-
-def levels_for(explanation, texts):
-    prompt = simulation_messages(explanation, texts)[1].content
-    return [level(prompt, place) for place in range(len(texts))]
-
-
-def entries_for(prompt):
-    return [
-        {"token": token, "activation": level(prompt, place)} for place, token in enumerate(shown_in(prompt))
-    ]
-
-
-def written(entries):
-    return json.dumps({"activations": entries})
-
-
-def right_answer(prompt):
-    return written(entries_for(prompt))
-
-
-class FakeModel:
-    """Answers from a request's last message, and in any order, a few requests at a time."""
-
-    def __init__(self, answer=right_answer, *, at_once=3, keep=lambda request: True):
-        self.answer, self.at_once, self.keep = answer, at_once, keep
-        self.asked = []
-
-    def answers(self, requests):
-        shuffled = random.Random(0)
-        waiting = []
-        for request in requests:
-            self.asked.append(request)
-            waiting.append(request)
-            if len(waiting) >= self.at_once:
-                yield self.answered(waiting.pop(shuffled.randrange(len(waiting))))
-        for request in waiting:
-            if self.keep(request):
-                yield self.answered(request)
-
-    def answered(self, request):
-        answer = self.answer(request.messages[-1].content)
-        return request, answer if isinstance(answer, Reply) else Reply(outcome="answered", text=answer)
-
-
-def simulate(model, *jobs, tokens=TEXTS):
-    """Outcomes by job."""
-    simulator = LogprobFreeSimulator(model, vocabulary_of(tokens))
-    assert isinstance(simulator, Simulator)
-    finished = list(simulator.simulate(iter(jobs)))
-    assert len(finished) == len(jobs)
-    outcomes = {id(job): found for job, found in finished}
-    return [outcomes[id(job)] for job in jobs]
-
-
-def outcome_of(answer):
-    """What comes of a reply about TEXTS."""
-    ((outcome,),) = simulate(FakeModel(answer), WHOLE)
-    return outcome
-
-
-# ---- in process ----
-
+from jaxplain.simulators.simulation import Failure, Simulation
+from tests.simulators.asked import (
+    TEXTS,
+    WRONG,
+    FakeModel,
+    entries_for,
+    job_of,
+    levels_for,
+    outcome_of,
+    right_answer,
+    shown_in,
+    simulate,
+    vocabulary_of,
+    written,
+)
 
 TOKENS = st.one_of(
     st.binary(max_size=4),
@@ -192,83 +97,6 @@ def test_replies_out_of_step_are_failures(tokens, data):
         return  # told apart by whitespace alone
     assert isinstance(outcome, Failure), (texts, outcome)
     assert re.match(r"entry \d+ is |there are \d+ entries", outcome.detail)
-
-
-def changed(place, **change):
-    """An answer with something else in one entry."""
-
-    def answer(prompt):
-        entries = entries_for(prompt)
-        entries[place] = {k: v for k, v in (entries[place] | change).items() if v != "absent"}
-        return written(entries)
-
-    return answer
-
-
-def respelled(pattern, replacement):
-    """An answer whose text is changed."""
-    return lambda prompt: re.sub(pattern, lambda _: replacement, right_answer(prompt), count=1)
-
-
-WRONG = {
-    "another token": (changed(1, token=" the"), "entry 2 is ' the' where the sequence has ' dog'"),
-    "another case": (changed(1, token=" Dog"), "entry 2 is ' Dog' where the sequence has ' dog'"),
-    "more whitespace": (changed(1, token="  dog"), "entry 2 is '  dog' where the sequence has ' dog'"),
-    "with its number": (changed(1, token="2:  dog"), "entry 2 is '2:  dog' where the sequence has ' dog'"),
-    "a lost line break": (changed(2, token=""), r"entry 3 is '' where the sequence has '\n'"),
-    "a lost space": (changed(5, token=""), "entry 6 is '' where the sequence has ' '"),
-    "a lost backslash": (changed(4, token="\\n"), r"entry 5 is '\n' where the sequence has '\\n'"),
-    "half a surrogate": (changed(1, token="\ud83d"), r"entry 2 is '\ud83d' where the sequence has ' dog'"),
-    "no token": (changed(1, token="absent"), "entry 2 has no token"),
-    "a number for a token": (changed(1, token=5), "entry 2 has no token"),
-    "entry of no object": (lambda p: '{"activations": [3]}', "entry 1 has no token"),
-    "no activation": (changed(1, activation="absent"), "entry 2 (' dog') has no activation"),
-    "null": (changed(1, activation=None), "entry 2 (' dog') has no activation"),
-    "text": (changed(1, activation="7"), "entry 2 (' dog') has no activation"),
-    "truth": (changed(1, activation=True), "entry 2 (' dog') has no activation"),
-    "too high": (changed(1, activation=11), "entry 2 (' dog') has activation 11, not one from 0 to 10"),
-    "just too high": (
-        changed(1, activation=10.001),
-        "entry 2 (' dog') has activation 10.001, not one from 0 to 10",
-    ),
-    "negative": (changed(1, activation=-1), "entry 2 (' dog') has activation -1, not one from 0 to 10"),
-    "huge": (
-        changed(1, activation=10**400),
-        f"entry 2 (' dog') has activation 1{'0' * 19}, not one from 0 to 10",
-    ),
-    "infinite": (
-        respelled(r'"activation": \d+', '"activation": 1e999'),
-        "entry 1 (' the') has activation inf, not one from 0 to 10",
-    ),
-    "NaN": (changed(1, activation=math.nan), "the reply is not JSON (NaN is no number)"),
-    "Infinity": (changed(1, activation=math.inf), "the reply is not JSON (Infinity is no number)"),
-    "two activations": (
-        respelled('"activation": ', '"activation": 0, "activation": '),
-        "the reply is not JSON (a key of token, activation comes twice)",
-    ),
-    "missing at the end": (
-        lambda p: written(entries_for(p)[:-1]),
-        "there are 5 entries, and the sequence has 6 tokens",
-    ),
-    "missing in the middle": (
-        lambda p: written(entries_for(p)[:1] + entries_for(p)[2:]),
-        r"entry 2 is '\n' where the sequence has ' dog'",
-    ),
-    "none": (lambda p: written([]), "there are 0 entries, and the sequence has 6 tokens"),
-    "one too many": (
-        lambda p: written([*entries_for(p), {"token": "", "activation": 0}]),
-        "there are 7 entries, and the sequence has 6 tokens",
-    ),
-    "a bare list": (lambda p: json.dumps(entries_for(p)), 'the reply has no list "activations"'),
-    "another key": (lambda p: '{"activation": []}', 'the reply has no list "activations"'),
-    "an object": (lambda p: '{"activations": {}}', 'the reply has no list "activations"'),
-    "words": (lambda p: "I cannot say.", "the reply is not JSON (Expecting value"),
-    "nothing": (lambda p: "", "the reply is not JSON (Expecting value"),
-    "words before": (lambda p: f"Here it is: {right_answer(p)}", "the reply is not JSON (Expecting value"),
-    "words after": (lambda p: f"{right_answer(p)} Good luck!", "the reply is not JSON (Extra data"),
-    "too deep": (lambda p: "[" * 100_000, "the reply is not JSON ("),
-    "an open fence": (lambda p: f"```json\n{right_answer(p)}", "the reply is not JSON (Expecting value"),
-}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -471,180 +299,3 @@ def test_json_with_and_without_fence():
     ):
         with pytest.raises(UnparsableError, match="the reply is not JSON"):
             parse_json(other)
-
-
-# ---- through the real clients ----
-
-
-@pytest.fixture(params=["openai", "gemini"])
-def provider(request):
-    return request.param
-
-
-@pytest.fixture
-def opened(monkeypatch, tmp_path):
-    """Opens a model of a provider on a server: `opened(provider, server, **explainer)`."""
-    for name in KEYS:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("JAXPLAIN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "_FIRST_WAIT", 0.002)
-    monkeypatch.setattr(gemini_batches, "_FIRST_POLL", 0.01)
-    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *_, **__: None)
-    with contextlib.ExitStack() as stack:
-
-        def make(provider, server, **explainer):
-            database = stack.enter_context(
-                open_explanations(tmp_path / "explanations.sqlite", fingerprint="f", subject="s")
-            )
-            config = ExplainerConfig(
-                **{"provider": provider, "model": "m", "base_url": server.url, "retries": 1} | explainer
-            )
-            model = open_model(
-                config, SamplingConfig(), database=database, recipe=database.recipe({}, ""), stack=stack
-            )
-            assert model is not None
-            return model
-
-        yield make
-
-
-def asked_json(provider, body):
-    """The schema in a request, and what is said beside it."""
-    if provider == "openai":
-        form = body.get("response_format")
-        return form and (form["json_schema"]["schema"], form["type"], form["json_schema"]["strict"])
-    settings = body["generationConfig"]
-    schema = settings.get("responseJsonSchema")
-    return schema and (schema, settings["responseMimeType"])
-
-
-def test_a_right_answer(provider, opened):
-    with serve(provider, lambda request, _: text(right_answer(request.prompt))) as server:
-        jobs = [job_of([0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0]), job_of([0, 1], explanation="verbs")]
-        first, second = simulate(opened(provider, server), *jobs)
-    assert [o.expected.tolist() for o in first] == [levels_for("animals", t) for t in (TEXTS, TEXTS[::-1])]
-    assert second[0].expected.tolist() == levels_for("verbs", [" the", " dog"])
-    assert len(server.requests) == 3
-    for request in server.requests:
-        expected = {"openai": (SCHEMA, "json_schema", True), "gemini": (SCHEMA, "application/json")}
-        assert asked_json(provider, request.body) == expected[provider]
-    if provider == "openai":
-        assert server.requests[0].body["response_format"]["json_schema"]["name"] == "reply"
-
-
-OVER_THE_WIRE = [
-    "another token",
-    "missing in the middle",
-    "missing at the end",
-    "one too many",
-    "too high",
-    "NaN",
-    "words",
-]
-
-
-@pytest.mark.parametrize("name", OVER_THE_WIRE)
-def test_a_wrong_answer(provider, name, opened):
-    answer, detail = WRONG[name]
-    with serve(provider, lambda request, _: text(answer(request.prompt))) as server:
-        ((outcome,),) = simulate(opened(provider, server), WHOLE)
-    assert isinstance(outcome, Failure)
-    assert outcome.detail.startswith(detail)
-
-
-@pytest.mark.parametrize(
-    ("fault", "details"),
-    [
-        (refused(), {"openai": "refused: finish reason stop", "gemini": "refused: prompt blocked: SAFETY"}),
-        (
-            truncated('{"activations": ['),
-            dict.fromkeys(
-                ("openai", "gemini"),
-                "the reply is not JSON (Expecting value: line 1 column 18 (char 17)); the reply was cut "
-                "short by sampling.max_tokens",
-            ),
-        ),
-        (
-            client_error(400, "This schema will not do."),
-            {
-                "openai": "failed: 400 from 127.0.0.1: This schema will not do",
-                "gemini": "failed: 400 INVALID_ARGUMENT from Gemini: This schema will not do",
-            },
-        ),
-    ],
-    ids=["refused", "truncated", "rejected"],
-)
-def test_no_answer(provider, fault, details, opened):
-    with serve(provider, lambda *_: fault) as server:
-        ((outcome,),) = simulate(opened(provider, server), WHOLE)
-    assert isinstance(outcome, Failure)
-    assert outcome.detail.startswith(details[provider])
-
-
-def test_a_fenced_answer(provider, opened):
-    with serve(provider, lambda r, _: text(f"```json\n{right_answer(r.prompt)}\n```")) as server:
-        ((outcome,),) = simulate(opened(provider, server), WHOLE)
-    assert isinstance(outcome, Simulation)
-
-
-def test_the_schema_decides_the_reply(provider, opened, monkeypatch):
-    """It is part of the cache's key; what is asked without one is sent and kept as ever."""
-    plain = Request(
-        layer=3, index=7, sign="max", sample=0, messages=simulation_messages("animals", TEXTS), seed=5
-    )
-    other = dataclasses.replace(plain, schema={"type": "string"})
-    with serve(provider, lambda request, _: text(right_answer(request.prompt))) as server:
-        for _ in range(2):
-            simulate(opened(provider, server), WHOLE)
-            assert len(server.requests) == 1
-        for number, request in enumerate((plain, other, plain, other)):
-            list(opened(provider, server).answers(iter([request])))
-            assert len(server.requests) == 1 + min(number + 1, 2)
-    without, with_other = (asked_json(provider, r.body) for r in server.requests[1:])
-    assert without is None
-    assert "response" not in json.dumps(server.requests[1].body)
-    assert with_other[0] == {"type": "string"}
-
-
-def test_servers_that_know_no_schema_can_do_without(opened):
-    with serve("openai", lambda request, _: text(right_answer(request.prompt))) as server:
-        model = opened("openai", server, parameters={"response_format": None})
-        ((outcome,),) = simulate(model, WHOLE)
-    assert isinstance(outcome, Simulation)
-    assert "response_format" not in server.requests[0].body
-
-
-def test_batches_take_schemas_and_several_jobs_of_a_neuron(opened):
-    jobs = [job_of([0, 1], [1, 1], explanation=explanation) for explanation in ("animals", "verbs")]
-    with gemini_server(lambda request, _: text(right_answer(request.prompt))) as server:
-        found = simulate(opened("gemini", server, mode="batch"), *jobs)
-    for job, outcomes in zip(jobs, found, strict=True):
-        expected = [levels_for(job.explanation, texts) for texts in ([" the", " dog"], [" dog"] * 2)]
-        assert [o.expected.tolist() for o in outcomes] == expected
-    assert len(server.jobs) == 1
-    assert [asked_json("gemini", item.body) for item in server.inlined] == [(SCHEMA, "application/json")] * 4
-
-
-def test_the_most_that_a_request_can_cost_counts_the_schema(tmp_path):
-    config = ExplainerConfig(provider="openai", model="m", prices={"m": PriceConfig(input=1e6, output=0.0)})
-    with open_explanations(tmp_path / "e.sqlite", fingerprint="f", subject="s") as database:
-        purse = Purse(config, database, 0)
-        message = Message(role="user", content="x" * 100)
-        request = Request(layer=0, index=0, sign="max", sample=0, messages=[message], seed=0)
-        with_schema = dataclasses.replace(request, schema=SCHEMA)
-        more = purse.most(with_schema, SamplingConfig()) - purse.most(request, SamplingConfig())
-    assert more >= len(json.dumps(SCHEMA))
-
-
-def test_the_schema_keeps_to_what_all_providers_know():
-    """Every object names all its properties as required and allows no others."""
-
-    def check(schema):
-        assert not schema.keys() - {"type", "properties", "required", "additionalProperties", "items"}
-        if schema["type"] == "object":
-            assert list(schema["properties"]) == schema["required"]
-            assert schema["additionalProperties"] is False
-        for inner in (*schema.get("properties", {}).values(), *filter(None, [schema.get("items")])):
-            check(inner)
-
-    check(logprob_free.SCHEMA)

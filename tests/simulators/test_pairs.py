@@ -174,7 +174,7 @@ def test_batches_go_on_from_any_number():
     whole = list(itertools.islice(training_batches(numbered(10), batch_size=4, seed=3, start=0), 9))
     rest = list(itertools.islice(training_batches(numbered(10), batch_size=4, seed=3, start=5), 4))
     for batch, again in zip(whole[5:], rest, strict=True):
-        for array, other in zip(batch.arrays(), again.arrays(), strict=True):
+        for array, other in zip(batch, again, strict=True):
             np.testing.assert_array_equal(array, other)
     other = next(training_batches(numbered(10), batch_size=4, seed=4, start=0))
     assert (other.prompts_EP != whole[0].prompts_EP).any()
@@ -183,9 +183,7 @@ def test_batches_go_on_from_any_number():
 def test_evaluation_takes_every_explanation_once_and_fills_up_with_nothing():
     batches = list(evaluation_batches(numbered(6), batch_size=4, most=6, seed=0))
     assert [batch.tokens_EST.shape for batch in batches] == [(4, 3, 4)] * 2
-    prompts, tokens, levels = (
-        np.concatenate(parts) for parts in zip(*(batch.arrays() for batch in batches), strict=True)
-    )
+    prompts, tokens, levels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     assert prompts[:6].tolist() == [[n, -1] for n in range(6)]
     assert tokens[5].tolist() == [[5, 5, -1, -1], [-1] * 4, [-1] * 4]
     assert levels[5].tolist() == [[5, -1, -1, -1], [-1] * 4, [-1] * 4]

@@ -91,7 +91,7 @@ def by_hand(decoder, batch):
     return -np.mean([log_probabilities[place][batch.levels_EST[place]] for place in places])
 
 
-@pytest.mark.parametrize("parts", ["full", "lora"])
+@pytest.mark.parametrize("parts", PARTS)
 def test_every_mesh_gives_one_loss_curve(folders, parts):
     curves = [run(trainer(folders["untied"], *mesh, parts=parts))[0] for mesh in [(8, 1), (2, 4), (1, 8)]]
     assert curves[0][-1] < curves[0][0]
