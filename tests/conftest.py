@@ -1,6 +1,7 @@
 """Strict JAX on eight fake devices, with types and shapes of public signatures enforced."""
 
 import contextlib
+import signal
 import ssl
 
 import jax
@@ -12,6 +13,10 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 jaxtyping.install_import_hook("jaxplain", "beartype.beartype")
+
+# Processes that tests interrupt would ignore it, as this one does where a shell started it in the background.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

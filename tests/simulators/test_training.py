@@ -1,7 +1,5 @@
 """Steps of training: the same on every mesh and however a batch is cut; what is trained, and what is not."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -168,7 +166,7 @@ def test_evaluation_is_the_mean_over_tokens(folders):
     made = trainer(folders["tied"], parts="lora")
     state = made.start()
     given = list(batches(3))
-    empty = dataclasses.replace(given[0], levels_EST=np.full_like(given[0].levels_EST, -1))
+    empty = given[0]._replace(levels_EST=np.full_like(given[0].levels_EST, -1))
     found = made.evaluate(state, [*given, empty])
     decoder = made.decoder(state)
     counts = [(batch.levels_EST >= 0).sum() for batch in given]
