@@ -37,9 +37,7 @@ def main(arguments: Sequence[str]) -> None:
     """Parse, extract, and show a little of what was found."""
     parser = config_parser(ExtractConfig, prog="python -m jaxplain.extract")
     add_flag(parser, "--overwrite", "Replace the store that the output folder holds, at the end.")
-    add_count(
-        parser, "--check-parity", "First compare the activations of N sequences with torch's (needs torch)."
-    )
+    add_count(parser, "--check-parity", "Before the run, compare N sequences with torch, layer by layer.")
     config, options = parse_config(parser, ExtractConfig, arguments)
     extract(config, overwrite=options.overwrite, check_parity=options.check_parity)
     shown = print_sample(jaxplain.open_store(config.output), Console())
@@ -81,7 +79,6 @@ def extract(config: ExtractConfig, *, overwrite: bool = False, check_parity: int
     if check_parity:
         _check_parity(subject, model, _first_sequences(sources, config, subject, check_parity))
     step, weights = make_step(model, mesh, active_above=config.statistics.active_above)
-    del model
     extraction = Extraction(
         config=config,
         mesh=mesh,

@@ -7,6 +7,7 @@ GGUF file's weights are de-quantised by jaxplain for both sides: what is compare
 import dataclasses
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -46,16 +47,18 @@ class LayerDifference:
 
     @property
     def ratio(self) -> float:
-        """The difference as a share of the largest activation; NaN where nothing is active."""
-        return self.difference / self.largest if self.largest else float("nan")
+        """The difference as a share of the largest activation."""
+        if not self.largest:
+            return math.inf if self.difference else 0.0
+        return self.difference / self.largest
 
 
 def require_torch() -> None:
     """Raise JaxplainError where torch is missing; asked before any work is done."""
     if importlib.util.find_spec("torch") is None:
         raise JaxplainError(
-            "--check-parity needs the package torch; install it with pip install 'jaxplain[parity]', or leave "
-            "the option out."
+            "--check-parity needs the package torch; install it with pip install 'jaxplain[parity]', or "
+            "leave the option out."
         )
 
 
@@ -100,9 +103,9 @@ def require_parity(found: Sequence[LayerDifference], dtype: str) -> None:
     for layer in found:
         if not layer.ratio <= bound:
             raise JaxplainError(
-                f"layer {layer.layer} differs from torch's by {layer.ratio:.1e} of its largest activation, where "
-                f"{bound:g} is allowed in {dtype}; its neurons would not be the model's, so do not use this "
-                "subject, or leave --check-parity out if you know why."
+                f"layer {layer.layer} differs from torch's by {layer.ratio:.1e} of its largest activation, "
+                f"where {bound:g} is allowed in {dtype}; its neurons would not be the model's, so do not use "
+                "this subject, or leave --check-parity out if you know why."
             )
 
 
@@ -127,8 +130,8 @@ def torch_reference(subject: Subject, *, layers: int) -> Reference:
     names = list(_down_projections(subject))[:layers]
     if len(names) < layers:
         raise JaxplainError(
-            f"--check-parity cannot compare {subject.id}, whose family has layers without one down projection; "
-            "leave the option out."
+            f"--check-parity cannot compare {subject.id}, whose family has layers without one down "
+            "projection; leave the option out."
         )
     model = _torch_model(torch, subject)
     found: list[np.ndarray] = []
