@@ -47,6 +47,7 @@ _IGNORED_TENSORS = {
     "attn_rot_embd": "computed from the config",
 }
 _HASHED_BYTES_PER_TENSOR = 4096
+_ROWS_AT_ONCE = 1024  # bounds what de-quantising takes beside its result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,13 +123,14 @@ def _open(path: Path, size: int, changed: int) -> GGUFFile:
 
 
 class GGUFTensor:
-    """A tensor on disk in the order of Hugging Face's rows; only the rows asked for are de-quantised.
+    """A matrix or vector on disk, with its rows in Hugging Face's order; only those asked for are de-quantised.
 
-    `order` says which of the file's rows each row is; None where they are in order.
+    `order` says where in the file each row lies; None where they are in order.
     """
 
-    def __init__(self, tensor: Any, order: np.ndarray | None):
-        self._tensor, self._order = tensor, order
+    def __init__(self, tensor: Any, order: np.ndarray | None = None):
+        self._tensor = tensor
+        self._order = np.arange(tensor.shape[-1]) if order is None else order
 
     def get_shape(self) -> list[int]:
         """The shape of the values."""
@@ -138,14 +140,16 @@ class GGUFTensor:
         """Values as float32, at one slice for every axis."""
         from gguf.quants import dequantize
 
-        rows, *others = index
         data, kind = self._tensor.data, self._tensor.tensor_type
+        rows = self._order[index[0]]
         if data.ndim == 1:  # its one axis is the one that blocks of a quantisation lie along
-            values = np.asarray(dequantize(data, kind), np.float32)
-            return (values if self._order is None else values[self._order])[rows]
-        # A slice is read from the file as it lies; a list of rows is gathered into memory first.
-        chosen = data[rows if self._order is None else self._order[rows]]
-        return np.asarray(dequantize(chosen, kind), np.float32)[(slice(None), *others)]
+            return np.asarray(dequantize(data, kind), np.float32)[rows]
+        columns = len(range(self.get_shape()[1])[index[1]])
+        values = np.empty((len(rows), columns), np.float32)
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            some = slice(start, start + _ROWS_AT_ONCE)
+            values[some] = dequantize(data[rows[some]], kind)[:, index[1]]
+        return values
 
 
 def gguf_tensors(file: GGUFFile) -> dict[str, GGUFTensor]:

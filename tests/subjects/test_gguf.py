@@ -89,6 +89,9 @@ def test_only_the_rows_asked_for_are_de_quantised(module, tmp_path, monkeypatch)
     expected = tiny.tensors(tiny.LLAMA)[f"model.layers.1.self_attn.{module}.weight"]
     np.testing.assert_array_equal(part, expected[8:16, 4:6])
     assert sizes == [(8, 32)]
+    monkeypatch.setattr(reading, "_ROWS_AT_ONCE", 3)
+    np.testing.assert_array_equal(tensor[(slice(8, 16), slice(4, 6))], part)
+    assert sizes[1:] == [(3, 32), (3, 32), (2, 32)]
 
 
 def llama3_factors(config):

@@ -150,8 +150,9 @@ def test_pickled_weights_are_refused_with_the_reason_and_the_remedy(file, tmp_pa
         assert "\n" not in str(caught.value)
 
 
-def test_code_that_comes_with_a_model_is_never_run(tmp_path):
+def test_code_that_comes_with_a_model_is_never_run(tmp_path, monkeypatch):
     """Neither is a user asked whether it may."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
     for name, config, tokenizer in (
         ("config", tiny.LLAMA | {"model_type": "own"}, {}),
         ("tokenizer", tiny.LLAMA, {"tokenizer_class": "OwnTokenizer"}),
