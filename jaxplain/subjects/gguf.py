@@ -123,7 +123,7 @@ def _open(path: Path, size: int, changed: int) -> GGUFFile:
 
 
 class GGUFTensor:
-    """A matrix or vector on disk, with its rows in Hugging Face's order; only those asked for are de-quantised.
+    """A matrix or vector on disk, its rows in Hugging Face's order; only those asked for are de-quantised.
 
     `order` says where in the file each row lies; None where they are in order.
     """
