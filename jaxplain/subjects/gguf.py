@@ -130,7 +130,7 @@ class GGUFTensor:
 
     def __init__(self, tensor: Any, order: np.ndarray | None = None):
         self._tensor = tensor
-        self._order = np.arange(tensor.shape[-1]) if order is None else order
+        self._order = np.arange(int(tensor.shape[-1])) if order is None else order
 
     def get_shape(self) -> list[int]:
         """The shape of the values."""
