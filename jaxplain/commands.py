@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse.typing import PositiveInt
 
 from jaxplain.errors import JaxplainError
 
@@ -88,6 +89,12 @@ def add_flag(parser: ArgumentParser, flag: str, description: str) -> None:
     parser.add_argument(flag, action="store_true", help=description)
 
 
+def add_count(parser: ArgumentParser, flag: str, description: str) -> None:
+    """Add an option with a number from 1 that is given on the command line, and never in a config file."""
+    _FLAGS.add(flag)
+    parser.add_argument(flag, type=PositiveInt, metavar="N", help=description)
+
+
 def parse_config(
     parser: ArgumentParser, config_class: type[Config], arguments: Sequence[str]
 ) -> tuple[Config, Any]:
@@ -103,7 +110,8 @@ def parse_config(
     except UnicodeDecodeError as error:
         raise JaxplainError(f"the config file is not UTF-8 text: {error}.") from error
     for flag in _FLAGS:
-        if values.get(flag.removeprefix("--")) and flag not in arguments:
+        given = any(argument.split("=")[0] == flag for argument in arguments)
+        if values.get(flag.removeprefix("--").replace("-", "_")) and not given:
             raise JaxplainError(f"{flag} is for the command line; take it out of the config file.")
     fields = typing.get_type_hints(config_class)
     return config_class(**{name: values[name] for name in fields}), values

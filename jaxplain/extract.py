@@ -1,20 +1,22 @@
 """python -m jaxplain.extract: find the exemplars of every neuron of a model, in one pass over a corpus."""
 
 import dataclasses
+import itertools
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 from rich.console import Console
 
 import jaxplain
-from jaxplain.commands import add_flag, config_parser, parse_config, run
+from jaxplain.commands import add_count, add_flag, config_parser, parse_config, run
 from jaxplain.configs.extraction import CorpusConfig, ExtractConfig, recorded
 from jaxplain.corpora.sources import Source, open_source
 from jaxplain.corpora.tokens import TokenTable, write_token_table
-from jaxplain.corpora.windows import prefix_of
+from jaxplain.corpora.windows import prefix_of, windows_of_split
 from jaxplain.errors import JaxplainError
 from jaxplain.exemplars.extraction import Extraction
 from jaxplain.exemplars.selection import select_neurons
@@ -24,6 +26,8 @@ from jaxplain.progress import progress_bars
 from jaxplain.store.files import Files
 from jaxplain.store.schema import STORE_NAME
 from jaxplain.store.writer import StoreWriter
+from jaxplain.subjects.decoder import Decoder
+from jaxplain.subjects.parity import differences, require_parity, require_torch, table_of, torch_reference
 from jaxplain.subjects.subject import Subject, open_subject
 from jaxplain.subjects.vocabulary import token_bytes
 from jaxplain.viewer.terminal import print_sample
@@ -33,8 +37,9 @@ def main(arguments: Sequence[str]) -> None:
     """Parse, extract, and show a little of what was found."""
     parser = config_parser(ExtractConfig, prog="python -m jaxplain.extract")
     add_flag(parser, "--overwrite", "Replace the store that the output folder holds, at the end.")
+    add_count(parser, "--check-parity", "Before the run, compare N sequences with torch, layer by layer.")
     config, options = parse_config(parser, ExtractConfig, arguments)
-    extract(config, overwrite=options.overwrite)
+    extract(config, overwrite=options.overwrite, check_parity=options.check_parity)
     shown = print_sample(jaxplain.open_store(config.output), Console())
     side = "min" if "min" in config.exemplars.kinds else config.exemplars.kinds[0]
     print(f"The store is {_join(config.output, STORE_NAME)}. Look at any neuron, from any side:")
@@ -44,13 +49,15 @@ def main(arguments: Sequence[str]) -> None:
     )
 
 
-def extract(config: ExtractConfig, *, overwrite: bool = False) -> None:
-    """Run an extraction.
+def extract(config: ExtractConfig, *, overwrite: bool = False, check_parity: int | None = None) -> None:
+    """Run an extraction, after comparing `check_parity` of its sequences with torch.
 
     A store that is to be replaced stays until the new one is complete (on local disks).
 
     Raises JaxplainError for anything in the config that does not fit the subject, corpus or devices.
     """
+    if check_parity:
+        require_torch()
     path = _join(config.output, STORE_NAME)
     if not overwrite and not Files(path).is_empty():
         raise JaxplainError(f"{path} exists already; choose another output, or replace it with --overwrite.")
@@ -68,9 +75,10 @@ def extract(config: ExtractConfig, *, overwrite: bool = False) -> None:
     ]
     for source in sources:
         prefix_of(source, config.corpus, subject.tokenizer)  # what it raises, it had better raise at once
-    step, weights = make_step(
-        subject.load(mesh, depth=selection.depth), mesh, active_above=config.statistics.active_above
-    )
+    model = subject.load(mesh, depth=selection.depth)
+    if check_parity:
+        _check_parity(subject, model, _first_sequences(sources, config, subject, check_parity))
+    step, weights = make_step(model, mesh, active_above=config.statistics.active_above)
     extraction = Extraction(
         config=config,
         mesh=mesh,
@@ -98,6 +106,27 @@ def extract(config: ExtractConfig, *, overwrite: bool = False) -> None:
             _report(split, table, config.corpus)
         extraction.run_split(writer, split, progress)
     writer.finish()
+
+
+def _first_sequences(
+    sources: Sequence[Source], config: ExtractConfig, subject: Subject, count: int
+) -> np.ndarray:
+    """The first sequences that the run will read, [N, T]."""
+    windows = windows_of_split(sources, config.corpus, config.exemplars.splits[0], subject.tokenizer)
+    rows = [window.tokens_T for window in itertools.islice(windows, count)]
+    if not rows or max(row.max() for row in rows) >= subject.arch.vocabulary:
+        return np.zeros((0, config.corpus.sequence_length), np.int32)  # the run will say what is wrong
+    return np.stack(rows)
+
+
+def _check_parity(subject: Subject, model: Decoder, tokens_NT: np.ndarray) -> None:
+    if jax.process_count() > 1:
+        raise JaxplainError("--check-parity is for a run of one process; check once, and leave it out here.")
+    if not len(tokens_NT):
+        return
+    found = differences(model, torch_reference(subject, layers=len(model.layers)), tokens_NT)
+    print(table_of(found, sequences=len(tokens_NT), dtype=subject.dtype.name), flush=True)
+    require_parity(found, subject.dtype.name)
 
 
 def _report(split: str, table: TokenTable, config: CorpusConfig) -> None:

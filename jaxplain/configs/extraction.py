@@ -8,25 +8,29 @@ from typing import Literal
 from jaxplain.configs.checks import require
 from jaxplain.exemplars.reduction import Kind
 
+# Stores leave these fields out of the config that they record while they have their defaults, so that a
+# config from before there were such fields still makes the same store, and explanations still know it.
+_LATER = {"recorded": "unless default"}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SubjectConfig:
     """The model whose neurons are looked at.
 
     Args:
-        id: A packaged subject (smollm2-135m-instruct), a Hugging Face hub id, or a local folder.
+        id: A packaged subject (smollm2-135m-instruct), a Hugging Face hub id, a local folder, or a local
+            .gguf file.
         revision: Branch, tag or commit of a hub id.
+        tokenizer: The folder or hub id of the tokenizer, where it is not to be the model's own; for a .gguf
+            file whose tokenizer is of a kind that is not read.
         dtype: Of weights and arithmetic; norms, softmax and rotary angles are float32 in any case.
     """
 
     id: str
     revision: str | None = None
+    tokenizer: str | None = dataclasses.field(default=None, metadata=_LATER)
     dtype: Literal["float32", "bfloat16"] = "float32"
 
-
-# Stores leave these fields out of the config that they record while they have their defaults, so that a
-# config from before there were such fields still makes the same store, and explanations still know it.
-_LATER = {"recorded": "unless default"}
 
 _PRESET_FIELDS = ("config", "data_files", "text_column", "chat_column")
 

@@ -52,7 +52,12 @@ def require_tokenizer_of(store: Store, tokenizer: PreTrainedTokenizerBase, *, wh
         return
     known = store.attributes["subject"]
     subject = open_subject(
-        SubjectConfig(id=known["id"], revision=known.get("revision")), field="the store's subject"
+        SubjectConfig(
+            id=known["id"],
+            revision=known.get("revision"),
+            tokenizer=store.config["subject"].get("tokenizer"),
+        ),
+        field="the store's subject",
     )
     require_same_tokenizer(tokenizer, subject.tokenizer, what=what)
 

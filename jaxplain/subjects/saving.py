@@ -26,7 +26,7 @@ from jaxplain.subjects.decoder import Decoder
 from jaxplain.subjects.families import Family, Weight
 from jaxplain.subjects.layouts import source_shape, write_parameter
 from jaxplain.subjects.loading import weights_of
-from jaxplain.subjects.subject import Subject
+from jaxplain.subjects.subject import Subject, read_config
 
 _Tensors = dict[str, list[tuple[Weight, jax.Array]]]
 """For each tensor's name the parameters that it holds, and how."""
@@ -108,7 +108,7 @@ def _growing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def _write_config(subject: Subject, folder: Path, sizes: Mapping[str, int], dtype: str) -> None:
-    config = json.loads((subject.folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(subject.folder)
     names = {meaning: name for name, meaning in subject.family.attributes.items() if isinstance(meaning, str)}
     config |= {names[meaning]: size for meaning, size in sizes.items()}
     if "layer_types" in config:

@@ -1,6 +1,8 @@
 """Checkpoints and configs: what is read, how it is laid out, and what is refused."""
 
+import http.server
 import json
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -133,6 +135,94 @@ def test_refuses_missing_and_corrupt_weights(tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(JaxplainError, match="needs its weights as safetensors"):
         load(folder)
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt"])
+def test_pickled_weights_are_refused_with_the_reason_and_the_remedy(file, tmp_path):
+    folder = tiny.write_model(tmp_path)
+    (folder / "model.safetensors").rename(folder / file)
+    for place in (folder, folder / file):
+        with pytest.raises(
+            JaxplainError, match=r"pickle.* run any code .* convert .* save_pretrained"
+        ) as caught:
+            load(place)
+        assert str(folder / file) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_code_that_comes_with_a_model_is_never_run(tmp_path, monkeypatch):
+    """Neither is a user asked whether it may."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    for name, config, tokenizer in (
+        ("config", tiny.LLAMA | {"model_type": "own"}, {}),
+        ("tokenizer", tiny.LLAMA, {"tokenizer_class": "OwnTokenizer"}),
+        ("both", tiny.LLAMA, {}),
+    ):
+        folder = tmp_path / name
+        own = {"AutoConfig": "own.OwnConfig", "AutoTokenizer": ["own.OwnTokenizer", "own.OwnTokenizer"]}
+        tiny.write_model(folder, config | {"auto_map": own})
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings | tokenizer | {"auto_map": own}))
+        (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+        if name == "both":  # what is known does not need the code
+            assert open_subject(SubjectConfig(id=str(folder))).arch.layers == 3
+        else:
+            with pytest.raises(JaxplainError, match=r"describes no supported model|no tokenizer") as caught:
+                load(folder)
+            assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A server on this machine in place of the hub, which has no model and no revision."""
+
+    class NothingThere(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            missing = "Revision" if "/someone/tiny/" in self.path else "Repo"
+            self.send_response(404)
+            self.send_header("X-Error-Code", f"{missing}NotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), NothingThere) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", address)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        yield address
+        server.shutdown()
+        thread.join()
+
+
+def test_a_revision_that_the_hub_lacks_is_one_sentence(hub):
+    with pytest.raises(
+        JaxplainError, match=r"hub's someone/tiny \(subject\.id\) has no revision 'v9'; give a branch, tag or"
+    ) as caught:
+        open_subject(SubjectConfig(id="someone/tiny", revision="v9"))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(JaxplainError, match=r"'someone/else', which is no packaged .* at revision 'v9': 404"):
+        open_subject(SubjectConfig(id="someone/else", revision="v9"))
+
+
+def test_only_models_of_the_hub_have_revisions(tmp_path):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = tiny.write_model(tmp_path / "snapshots" / commit)
+    (tmp_path / "m.gguf").touch()
+    for subject in (str(folder), str(tmp_path / "m.gguf"), "smollm2-135m-instruct"):
+        with pytest.raises(
+            JaxplainError, match=rf"revision 'v9' is given for subject.id '{subject}', but only"
+        ):
+            open_subject(SubjectConfig(id=subject, revision="v9"))
+    # A store knows its subject by both.
+    assert open_subject(SubjectConfig(id=str(folder), revision=commit)).revision == commit
 
 
 def test_unknown_subject_names_the_choices(monkeypatch):
