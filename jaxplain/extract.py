@@ -24,6 +24,7 @@ from jaxplain.progress import progress_bars
 from jaxplain.store.files import Files
 from jaxplain.store.schema import STORE_NAME
 from jaxplain.store.writer import StoreWriter
+from jaxplain.subjects.architecture import Architecture
 from jaxplain.subjects.subject import Subject, open_subject
 from jaxplain.subjects.vocabulary import token_bytes
 from jaxplain.viewer.terminal import print_sample
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     print(f"The store is {_join(config.output, STORE_NAME)}. Look at any neuron, from any side:")
     print(
         f"  {_python()} -m jaxplain.show {shlex.quote(config.output)} --layer {shown[-1].layer} "
+        f"{'' if shown[-1].expert is None else f'--expert {shown[-1].expert} '}"
         f"--neuron {shown[-1].index} --kind {side}"
     )
 
@@ -61,7 +63,11 @@ def extract(config: ExtractConfig, *, overwrite: bool = False) -> None:
             f"most {subject.arch.max_positions} tokens."
         )
     selection = select_neurons(config.neurons, subject.arch)
-    mesh = make_mesh(config.run.mesh, batch_size=config.run.batch_size, mlp_width=subject.arch.neurons)
+    mesh = make_mesh(
+        config.run.mesh,
+        batch_size=config.run.batch_size,
+        mlp_width=_undivided_width(subject.arch, config.run.mesh.model),
+    )
     sources = [
         open_source(source, subject.tokenizer, valueeval_dir=config.corpus.valueeval_dir)
         for source in config.corpus.sources
@@ -78,7 +84,6 @@ def extract(config: ExtractConfig, *, overwrite: bool = False) -> None:
         step=step,
         weights=weights,
         excluded=_excluded_tokens(config.corpus, subject),
-        mlp_width=subject.arch.neurons,
     )
 
     writer = StoreWriter(path, _attributes(config, subject, sources))
@@ -108,6 +113,12 @@ def _report(split: str, table: TokenTable, config: CorpusConfig) -> None:
         print(f"{split}: {', '.join(table.exhausted)} ran out, so {then}")
     if table.repeated:
         print(f"{split}: {table.repeated} repeated sequences were left out")
+
+
+def _undivided_width(arch: Architecture, parts: int) -> int:
+    """The neurons of a layer that does not divide into parts, where there is one; else those of any."""
+    widths = [sum(arch.expert_widths(layer)) for layer in range(arch.layers)]
+    return next((width for width in widths if parts < 1 or width % parts), widths[0])
 
 
 def _python() -> str:
