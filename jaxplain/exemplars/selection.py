@@ -99,7 +99,7 @@ def select_neurons(config: NeuronsConfig, arch: Architecture) -> Selection:
         _check("neuron", rows[:, -1], widest, where)
         return Selection(indices=_numbered(rows, arch, where), arch=arch)
     chosen = _numbers(config.layers, arch.layers, "neurons.layers")
-    experts = _numbers(config.experts or "all", most_experts, "neurons.experts")
+    experts = _numbers("all" if config.experts is None else config.experts, most_experts, "neurons.experts")
     indices = _numbers(config.indices, widest, "neurons.indices")
     _check("layer", chosen, arch.layers, "neurons.layers")
     _check("expert", experts, most_experts, "neurons.experts")

@@ -33,7 +33,8 @@ def choose_neurons(config: ChosenNeuronsConfig, split: Split) -> list[NeuronId]:
         indices = _chosen(config.indices, split.neurons, "neuron", "neurons.indices")
         held = [neuron for neuron in held if neuron.layer in layers and neuron.index in indices]
         if split.experts is not None:
-            experts = _chosen(config.experts or "all", split.experts, "expert", "neurons.experts")
+            named = "all" if config.experts is None else config.experts
+            experts = _chosen(named, split.experts, "expert", "neurons.experts")
             held = [neuron for neuron in held if neuron.expert in experts]
     if not held:
         raise JaxplainError("neurons: none of those chosen is in the store.")

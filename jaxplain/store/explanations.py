@@ -33,7 +33,7 @@ from jaxplain.errors import JaxplainError, first_line
 from jaxplain.store.neuron_id import NeuronId
 
 DATABASE_NAME = "explanations.sqlite"
-_NEURON = {1: ("layer", "neuron"), 2: ("layer", "expert", "neuron")}
+_NEURON: dict[int, tuple[str, ...]] = {1: ("layer", "neuron"), 2: ("layer", "expert", "neuron")}
 """By the database's version, the columns that say which neuron it is."""
 _LEASE_SECONDS = 120.0
 _BUSY_SECONDS = 60.0
