@@ -30,60 +30,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxplain.errors import JaxplainError, first_line
+from jaxplain.store.explanation_tables import NEURON_COLUMNS, create_tables
 from jaxplain.store.neuron_id import NeuronId
 
 DATABASE_NAME = "explanations.sqlite"
-_NEURON: dict[int, tuple[str, ...]] = {1: ("layer", "neuron"), 2: ("layer", "expert", "neuron")}
-"""By the database's version, the columns that say which neuron it is."""
 _LEASE_SECONDS = 120.0
 _BUSY_SECONDS = 60.0
 
 Status = Literal["explained", "silent", "refused", "unparsable", "failed"]
-
-_SCHEMA = """
-CREATE TABLE store (fingerprint TEXT NOT NULL, subject TEXT NOT NULL);
-CREATE TABLE recipes (
-    id INTEGER PRIMARY KEY, config TEXT NOT NULL UNIQUE, jaxplain_version TEXT NOT NULL,
-    created REAL NOT NULL, requests INTEGER NOT NULL DEFAULT 0, cost_usd REAL NOT NULL DEFAULT 0
-);
-CREATE TABLE work (
-    recipe INTEGER NOT NULL REFERENCES recipes, {columns},
-    owner TEXT, expires REAL,
-    PRIMARY KEY (recipe, {neuron})
-) WITHOUT ROWID;
-CREATE TABLE messages (
-    id INTEGER PRIMARY KEY, role TEXT NOT NULL, content TEXT NOT NULL, UNIQUE (role, content)
-);
-CREATE TABLE samples (
-    id INTEGER PRIMARY KEY, recipe INTEGER NOT NULL REFERENCES recipes,
-    {columns},
-    sign TEXT NOT NULL CHECK (sign IN ('max', 'min')), sample INTEGER NOT NULL,
-    status TEXT NOT NULL CHECK (status IN ('explained', 'silent', 'refused', 'unparsable', 'failed')),
-    text TEXT CHECK ((status = 'explained') = (text IS NOT NULL) AND trim(text) <> ''),
-    detail TEXT, reply TEXT, messages TEXT NOT NULL, sequences TEXT NOT NULL, model TEXT,
-    input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, cost_usd REAL NOT NULL,
-    created REAL NOT NULL,
-    UNIQUE (recipe, {neuron}, sign, sample)
-);
-CREATE INDEX samples_of_neuron ON samples ({neuron});
-CREATE TABLE batches (
-    id INTEGER PRIMARY KEY, recipe INTEGER NOT NULL REFERENCES recipes, label TEXT NOT NULL UNIQUE,
-    name TEXT, requests TEXT NOT NULL, reserved_usd REAL NOT NULL, created REAL NOT NULL
-);
-CREATE VIRTUAL TABLE explanations_text USING fts5 (text, content='samples', content_rowid='id');
-CREATE TRIGGER samples_inserted AFTER INSERT ON samples WHEN new.text IS NOT NULL BEGIN
-    INSERT INTO explanations_text (rowid, text) VALUES (new.id, new.text);
-END;
-CREATE TRIGGER samples_deleted AFTER DELETE ON samples WHEN old.text IS NOT NULL BEGIN
-    INSERT INTO explanations_text (explanations_text, rowid, text) VALUES ('delete', old.id, old.text);
-END;
-CREATE VIEW explanations AS
-    SELECT id, recipe, {neuron}, sign, sample, text, model, cost_usd, created
-    FROM samples WHERE status = 'explained';
-CREATE VIEW failures AS
-    SELECT id, recipe, {neuron}, sign, sample, status, detail, reply, model, created
-    FROM samples WHERE status <> 'explained';
-"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -440,7 +394,7 @@ def open_explanations(
         else:
             connection = _connect_reader(path)
         version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version not in _NEURON:
+        if version not in NEURON_COLUMNS:
             raise JaxplainError(
                 f"{path} is a database of version {version}, and this jaxplain reads version 1, or 2 for "
                 "mixtures of experts."
@@ -455,7 +409,7 @@ def open_explanations(
         raise JaxplainError(
             f"{path} holds explanations of another store (of {kept[1]}); name another folder."
         )
-    return ExplanationDatabase(path, connection, _NEURON[version])
+    return ExplanationDatabase(path, connection, NEURON_COLUMNS[version])
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -473,27 +427,11 @@ def _connect_reader(path: Path) -> sqlite3.Connection:
 
 
 def _create(connection: sqlite3.Connection, fingerprint: str, subject: str, *, version: int) -> None:
-    names = _NEURON[version]
-    script = _SCHEMA.format(
-        neuron=", ".join(names), columns=", ".join(f"{name} INTEGER NOT NULL" for name in names)
-    )
     connection.execute("BEGIN IMMEDIATE")
     if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
-        for statement in statements(script):
-            connection.execute(statement)
+        create_tables(connection, version)
         connection.execute("INSERT INTO store VALUES (?, ?)", (fingerprint, subject))
-        connection.execute(f"PRAGMA user_version = {version}")
     connection.execute("COMMIT")
-
-
-def statements(script: str) -> Iterator[str]:
-    """The statements of a script, one by one."""
-    statement = ""
-    for line in script.strip().splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            yield statement
-            statement = ""
 
 
 def _insert(connection: sqlite3.Connection, statement: str, values: Sequence[Any]) -> None:

@@ -21,7 +21,8 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxplain.errors import JaxplainError, first_line
-from jaxplain.store.explanations import ExplanationDatabase, statements
+from jaxplain.store.explanation_tables import statements
+from jaxplain.store.explanations import ExplanationDatabase
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS simulators (
