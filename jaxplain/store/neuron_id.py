@@ -1,6 +1,6 @@
 """What a neuron is called."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 class NeuronId(tuple[int, ...]):
@@ -33,6 +33,7 @@ class NeuronId(tuple[int, ...]):
         return f"layer {self.layer}{expert}, neuron {self.index}"
 
 
+@runtime_checkable
 class AboutNeuron(Protocol):
     """What is about one neuron."""
 
