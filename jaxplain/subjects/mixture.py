@@ -74,7 +74,8 @@ def route(
     Others have no weight. Of equals the expert with the lower number is chosen.
     """
     chance_BTE = jax.nn.softmax(logits_BTE.astype(jnp.float32), axis=-1)
-    _, chosen_BTK = jax.lax.top_k(chance_BTE, per_token)
+    # Not by lax.top_k, for which XLA would gather the batch from all data shards.
+    chosen_BTK = jnp.argsort(-chance_BTE, axis=-1, stable=True)[..., :per_token]
     routed_BTE = jax.nn.one_hot(chosen_BTK, chance_BTE.shape[-1], dtype=jnp.bool_).any(axis=2)
     weight_BTE = jnp.where(routed_BTE, chance_BTE, 0)
     if sums_to_one:

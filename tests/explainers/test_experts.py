@@ -108,7 +108,7 @@ def test_neurons_are_chosen_by_expert(split, tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"indices": [1]}, r"neurons.indices is \[1\], but the subject is a mixture of experts, .* experts"),
+        ({"indices": [1]}, r"neurons.indices is \[1\], but the subject is a mixture of .*neurons.experts"),
         ({"experts": [3]}, "neurons.experts names expert 3, but the store holds 3 experts from 0 to 2"),
         ({"experts": "first"}, "neurons.experts is 'first'; write a range"),
         ({"experts": [0], "indices": [4]}, "names neuron 4, but the store holds 4 neurons from 0 to 3"),
