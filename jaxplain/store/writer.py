@@ -88,7 +88,10 @@ class StoreWriter:
 
         `experts` and `shared` are of a mixture of experts, see `schema`.
         """
-        axes = {"layer": np.asarray(layers, np.int32), "neuron": np.asarray(neurons, np.int32)}
+        axes: dict[str, np.ndarray] = {
+            "layer": np.asarray(layers, np.int32),
+            "neuron": np.asarray(neurons, np.int32),
+        }
         if len(quantiles):
             axes[schema.QUANTILE] = np.asarray(quantiles, np.float64)
         for name, values in axes.items():
