@@ -24,6 +24,7 @@ from jaxplain.store.explanations import (
     Sample,
     open_explanations,
 )
+from jaxplain.store.neuron_id import NeuronId
 from jaxplain.store.reader import Split, Store, open_store
 from jaxplain.viewer.terminal import print_explanations
 
@@ -63,7 +64,7 @@ def explain(config: ExplainConfig, *, overwrite: bool = False) -> int:
         if overwrite:
             database.forget(recipe, neurons)
         done = database.done(recipe)
-        left = [pair for pair in neurons if pair not in done]
+        left = [neuron for neuron in neurons if neuron not in done]
         progress = stack.enter_context(_Watcher(config, len(neurons), len(neurons) - len(left)))
         before = database.counts(recipe)
         if left:
@@ -112,7 +113,12 @@ def _open_database(config: ExplainConfig, store: Store) -> ExplanationDatabase:
         raise JaxplainError(
             f"output is {config.output!r}, which cannot be made: {error.strerror}."
         ) from error
-    return open_explanations(path, fingerprint=store.fingerprint, subject=store.attributes["subject"]["id"])
+    return open_explanations(
+        path,
+        fingerprint=store.fingerprint,
+        subject=store.attributes["subject"]["id"],
+        experts=store[config.split].experts is not None,
+    )
 
 
 class _Watcher:
@@ -153,8 +159,8 @@ def _report(
     database: ExplanationDatabase,
     recipe: int,
     before: dict[str, int],
-    complete: set[tuple[int, int]],
-    neurons: Sequence[tuple[int, int]],
+    complete: set[NeuronId],
+    neurons: Sequence[NeuronId],
 ) -> int:
     counts = Counter(database.counts(recipe))
     new = counts - Counter(before)
@@ -169,8 +175,9 @@ def _report(
         reason = database.commonest_detail(recipe, "unparsable", "refused", "failed")
         print(f"{without} samples have no explanation, most often because: {reason}")
         print(f"  all reasons: sqlite3 {shlex.quote(str(database.path))} 'SELECT * FROM failures'")
-    for pair in sorted(complete)[:: max(1, len(complete) // _SHOWN)][:_SHOWN]:
-        print_explanations([e for e in database.explanations(*pair) if e.recipe == recipe], Console())
+    for neuron in sorted(complete)[:: max(1, len(complete) // _SHOWN)][:_SHOWN]:
+        found = database.explanations(neuron.layer, neuron.index, neuron.expert)
+        print_explanations([e for e in found if e.recipe == recipe], Console())
     if counts["explained"]:
         print(
             f"All of them: python -m jaxplain.export {shlex.quote(str(database.path))} --explanations all.csv"

@@ -80,7 +80,7 @@ def _write_jsonl(explanations: Iterable[Explanation], path: Path) -> None:
 
 
 def _write_parquet(explanations: Iterable[Explanation], path: Path) -> None:
-    types = {int: pa.int32(), str: pa.string(), str | None: pa.string()}
+    types = {int: pa.int32(), int | None: pa.int32(), str: pa.string(), str | None: pa.string()}
     schema = pa.schema([(field.name, types[field.type]) for field in dataclasses.fields(Explanation)])
     pending: list[dict[str, object]] = []
     with pq.ParquetWriter(path, schema) as writer:

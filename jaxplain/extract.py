@@ -26,6 +26,7 @@ from jaxplain.progress import progress_bars
 from jaxplain.store.files import Files
 from jaxplain.store.schema import STORE_NAME
 from jaxplain.store.writer import StoreWriter
+from jaxplain.subjects.architecture import Architecture
 from jaxplain.subjects.decoder import Decoder
 from jaxplain.subjects.parity import differences, require_parity, require_torch, table_of, torch_reference
 from jaxplain.subjects.subject import Subject, open_subject
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str]) -> None:
     print(f"The store is {_join(config.output, STORE_NAME)}. Look at any neuron, from any side:")
     print(
         f"  {_python()} -m jaxplain.show {shlex.quote(config.output)} --layer {shown[-1].layer} "
+        f"{'' if shown[-1].expert is None else f'--expert {shown[-1].expert} '}"
         f"--neuron {shown[-1].index} --kind {side}"
     )
 
@@ -68,7 +70,11 @@ def extract(config: ExtractConfig, *, overwrite: bool = False, check_parity: int
             f"most {subject.arch.max_positions} tokens."
         )
     selection = select_neurons(config.neurons, subject.arch)
-    mesh = make_mesh(config.run.mesh, batch_size=config.run.batch_size, mlp_width=subject.arch.neurons)
+    mesh = make_mesh(
+        config.run.mesh,
+        batch_size=config.run.batch_size,
+        mlp_width=_undivided_width(subject.arch, config.run.mesh.model),
+    )
     sources = [
         open_source(source, subject.tokenizer, valueeval_dir=config.corpus.valueeval_dir)
         for source in config.corpus.sources
@@ -86,7 +92,6 @@ def extract(config: ExtractConfig, *, overwrite: bool = False, check_parity: int
         step=step,
         weights=weights,
         excluded=_excluded_tokens(config.corpus, subject),
-        mlp_width=subject.arch.neurons,
     )
 
     writer = StoreWriter(path, _attributes(config, subject, sources))
@@ -137,6 +142,12 @@ def _report(split: str, table: TokenTable, config: CorpusConfig) -> None:
         print(f"{split}: {', '.join(table.exhausted)} ran out, so {then}")
     if table.repeated:
         print(f"{split}: {table.repeated} repeated sequences were left out")
+
+
+def _undivided_width(arch: Architecture, parts: int) -> int:
+    """The neurons of a layer that does not divide into parts, where there is one; else those of any."""
+    widths = [sum(arch.expert_widths(layer)) for layer in range(arch.layers)]
+    return next((width for width in widths if parts < 1 or width % parts), widths[0])
 
 
 def _python() -> str:

@@ -1,4 +1,4 @@
-"""python -m jaxplain.show RUN --layer L --neuron N: one neuron's exemplars, in the terminal."""
+"""python -m jaxplain.show RUN --layer L [--expert E] --neuron N: one neuron's exemplars, in the terminal."""
 
 import argparse
 from collections.abc import Sequence
@@ -20,7 +20,8 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("run", help="a run's folder, or a store's path or URL")
     parser.add_argument("--layer", type=int, required=True, help="layer, from 0")
-    parser.add_argument("--neuron", type=int, required=True, help="neuron of that layer, from 0")
+    parser.add_argument("--expert", type=int, help="of a mixture of experts, the layer's expert, from 0")
+    parser.add_argument("--neuron", type=int, required=True, help="neuron of that layer or expert, from 0")
     parser.add_argument("--split", help="split; the store's first one by default")
     parser.add_argument("--kind", default="max", help="max, min or random")
     parser.add_argument("--limit", type=int, default=10, help="exemplars to show")
@@ -29,7 +30,8 @@ def main(arguments: Sequence[str]) -> None:
     if options.limit < 1:
         raise JaxplainError(f"--limit is {options.limit}; give a positive number.")
     store = open_store(options.run)
-    neuron = store[options.split or store.splits[0]].neuron(options.layer, options.neuron)
+    split = store[options.split or store.splits[0]]
+    neuron = split.neuron(options.layer, options.neuron, expert=options.expert)
     print_neuron(neuron, Console(), kind=options.kind, limit=options.limit)
 
 

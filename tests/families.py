@@ -66,6 +66,24 @@ FALCON = {name: value for name, value in MHA.items() if name != "intermediate_si
     "alibi": False,
     "rope_theta": 100.0,
 }
+MIXTRAL = RMS | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+QWEN2_MOE = RMS | {
+    "model_type": "qwen2_moe",
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
+QWEN3_MOE = RMS | {
+    "model_type": "qwen3_moe",
+    "head_dim": 16,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 8,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "norm_topk_prob": True,
+}
 COHERE = SIZES | {"model_type": "cohere", "logit_scale": 0.25, "tie_word_embeddings": True}
 
 VARIANTS = {
@@ -103,6 +121,17 @@ VARIANTS = {
     "falcon-one-norm": FALCON
     | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
     "falcon-sequential": FALCON | {"multi_query": False, "parallel_attn": False, "bias": True},
+    "mixtral": MIXTRAL,
+    "mixtral-sliding-window": MIXTRAL
+    | {"num_experts_per_tok": 3, "sliding_window": 5, "head_dim": 16, "tie_word_embeddings": True},
+    "qwen2-moe": QWEN2_MOE,
+    "qwen2-moe-plain-layers": QWEN2_MOE
+    | {"decoder_sparse_step": 2, "norm_topk_prob": True, "qkv_bias": False}
+    | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen3-moe": QWEN3_MOE,
+    "qwen3-moe-plain-layers": QWEN3_MOE
+    | {"mlp_only_layers": [1], "norm_topk_prob": False, "attention_bias": True}
+    | {"use_sliding_window": True, "sliding_window": 5, "tie_word_embeddings": True},
     "cohere": COHERE,
     "cohere-qk-norm": COHERE | {"use_qk_norm": True, "attention_bias": True, "tie_word_embeddings": False},
 }

@@ -250,20 +250,24 @@ class NeuronsConfig:
 
     Args:
         layers: A list of layers by number from 0; all; or a range start:stop:step such as 0:30:3.
-        indices: Neurons of each layer, given in the same ways.
-        file: A .npy of (layer, neuron) pairs, integers [N, 2], in place of the two above.
+        indices: Neurons of each layer, or of each of the experts, given in the same ways.
+        experts: Of a mixture of experts, the experts of each layer, given in the same ways; where indices are
+            given, experts must be. Layers and experts that lack one of the numbers are passed over.
+        file: A .npy of (layer, neuron) pairs, integers [N, 2], in place of the others; for a mixture of
+            experts of (layer, expert, neuron), [N, 3].
     """
 
     layers: list[int] | str = "all"
     indices: list[int] | str = "all"
+    experts: list[int] | str | None = dataclasses.field(default=None, metadata=_LATER)
     file: str | None = None
 
     def __post_init__(self) -> None:
         require(
-            self.file is None or (self.layers == "all" and self.indices == "all"),
+            self.file is None or (self.layers == "all" and self.indices == "all" and self.experts is None),
             "neurons.file",
             self.file,
-            "it takes the place of neurons.layers and neurons.indices, so leave those out",
+            "it takes the place of neurons.layers, neurons.experts and neurons.indices, so leave those out",
         )
 
 

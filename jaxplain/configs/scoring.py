@@ -172,8 +172,11 @@ class ScoredNeuronsConfig(ChosenNeuronsConfig):
 
     Args:
         layers: A list of layers by number from 0; all; or a range start:stop:step such as 0:30:3.
-        indices: Neurons of each layer, given in the same ways.
-        file: A .npy of (layer, neuron) pairs, integers [N, 2], in place of the two above.
+        indices: Neurons of each layer, or of each of the experts, given in the same ways.
+        experts: Of a mixture of experts, the experts of each layer, given in the same ways; where indices are
+            given, experts must be.
+        file: A .npy of (layer, neuron) pairs, integers [N, 2], in place of the others; for a mixture of
+            experts of (layer, expert, neuron), [N, 3].
         by: Take the neurons with the highest value of a statistic, or random ones.
         count: How many of them to take; needs `by`.
         seed: Of the random choice.

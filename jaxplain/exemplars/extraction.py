@@ -1,7 +1,7 @@
 """The extraction run: for each split, cut the corpus, stream it through the subject, write what remains."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from jaxplain.corpora.tokens import TokenBatch, token_batches
 from jaxplain.errors import JaxplainError
 from jaxplain.exemplars.merging import merge_partials, merge_sample
 from jaxplain.exemplars.moments import merge_moments
-from jaxplain.exemplars.quantiles import lower_tail, quantiles, upper_tail
+from jaxplain.exemplars.quantiles import Tail, lower_tail, quantiles, upper_tail
 from jaxplain.exemplars.reduction import Rows, empty_reduction
 from jaxplain.exemplars.selection import Selection
 from jaxplain.exemplars.step import Reductions, Step
@@ -36,7 +36,6 @@ class Extraction:
     step: Step
     weights: Any
     excluded: frozenset[int]
-    mlp_width: int
 
     def run_split(self, writer: StoreWriter, split: str, progress: Progress) -> None:
         """Extract a split whose token table is written already."""
@@ -65,6 +64,8 @@ class Extraction:
             split,
             layers=self.selection.layers,
             neurons=self.selection.neurons,
+            experts=self.selection.experts,
+            shared=self.selection.shared,
             kinds=config.exemplars.kinds,
             k=config.exemplars.k,
             tokens=config.corpus.sequence_length,
@@ -80,12 +81,13 @@ class Extraction:
         reductions = {
             layer: empty_reduction(
                 kinds=tuple(exemplars.kinds),
-                neurons=len(neurons[layer]) if layer in neurons else self.mlp_width,
+                neurons=self.selection.width(layer) if layer not in neurons else len(neurons[layer]),
                 k=exemplars.k,
                 tokens=self.config.corpus.sequence_length,
                 sampled_tokens=self.config.statistics.sampled_tokens,
                 dtype=jnp.dtype(exemplars.activation_dtype),
                 mesh=self.mesh,
+                **self._experts(layer),
             )
             for layer in self.selection.indices
         }
@@ -135,12 +137,23 @@ class Extraction:
 
     def _padded_neurons(self) -> dict[int, jax.Array]:
         """Indices of layers of which not all neurons are kept, repeated to divide by the mesh."""
-        size = self.mesh.shape["model"]
         return {
-            layer: jnp.asarray(np.pad(indices, (0, -len(indices) % size), mode="edge"), jnp.int32)
+            layer: jnp.asarray(self._padded(indices))
             for layer, indices in self.selection.indices.items()
-            if len(indices) < self.mlp_width
+            if len(indices) < self.selection.width(layer)
         }
+
+    def _experts(self, layer: int) -> dict[str, Any]:
+        """What a reduction is told of a layer's experts."""
+        if not self.selection.arch.routed_experts(layer):
+            return {}
+        experts = len(self.selection.arch.expert_widths(layer))
+        return {"experts": experts, "expert_F": self._padded(self.selection.expert_of(layer))}
+
+    def _padded(self, values_N: np.ndarray) -> Int[np.ndarray, "N"]:
+        """The last one repeated until the mesh divides them."""
+        missing = -len(values_N) % self.mesh.shape["model"]
+        return np.pad(values_N, (0, missing), mode="edge").astype(np.int32)
 
     def _write(self, reductions: Reductions, out: SplitWriter, advance: Callable[[int], Any]) -> None:
         for place, layer in enumerate(self.selection.layers):
@@ -167,12 +180,11 @@ class Extraction:
             out.write_statistics(
                 place,
                 columns,
-                quantile=quantiles(
+                quantile=_quantiles(
                     np.array(self.config.statistics.quantiles),
-                    int(statistics.count_F[0]),
+                    statistics.count_F[kept],
                     np.asarray(merge_sample(reduction, self.mesh))[kept],
-                    upper=tails.get("max"),
-                    lower=tails.get("min"),
+                    tails,
                 ),
                 count=statistics.count_F[kept],
                 mean=statistics.mean_F[kept],
@@ -182,6 +194,21 @@ class Extraction:
                 fraction_active=statistics.fraction_active_F[kept],
             )
             advance(1)
+
+
+def _quantiles(
+    levels: np.ndarray, count_N: np.ndarray, sample_NM: np.ndarray, tails: Mapping[str, Tail]
+) -> np.ndarray:
+    """Quantiles of neurons whose tokens may be of different numbers, as those of several experts are."""
+    found_NQ = np.empty((len(count_N), len(levels)), np.float32)
+    for count in np.unique(count_N):
+        alike_N = count_N == count
+        upper, lower = (
+            Tail(*(values[alike_N] for values in tails[kind])) if kind in tails else None
+            for kind in ("max", "min")
+        )
+        found_NQ[alike_N] = quantiles(levels, int(count), sample_NM[alike_N], upper=upper, lower=lower)
+    return found_NQ
 
 
 def counted_tokens(

@@ -55,7 +55,7 @@ def _merge_shard(top: TopK) -> Ranked:
 
     def gathered(x_RG: Array) -> Array:
         """All parts' ranks side by side, [R * parts, F]."""
-        x_RF = jnp.broadcast_to(x_RG, (k, neurons))
+        x_RF = jnp.broadcast_to(x_RG, (k, neurons)) if top.group_F is None else x_RG[:, top.group_F]
         return lax.all_gather(x_RF, "data", axis=0, tiled=True)
 
     owner_RF = jnp.full((k, neurons), part, jnp.int32)

@@ -32,19 +32,20 @@ class PowerSums(NamedTuple):
 class Moments(NamedTuple):
     """`sums` are about `mean_F`; the first is not 0, but what rounding the mean left. Counts are of tokens.
 
+    G is F, or 1 where the same tokens count for all neurons.
     In a `reduction.LayerReduction` the arrays have a leading axis P of data shards.
     """
 
-    token_count: UInt[Array, "*P"]
+    token_count_G: UInt[Array, "*P G"]
     mean_F: Float[Array, "*P F"]
     sums: PowerSums
     active_F: UInt[Array, "*P F"]
 
 
-def empty_moments(*, neurons: int) -> Moments:
+def empty_moments(*, neurons: int, groups: int = 1) -> Moments:
     """Moments of no tokens."""
     return Moments(
-        token_count=jnp.zeros((), jnp.uint32),
+        token_count_G=jnp.zeros(groups, jnp.uint32),
         mean_F=jnp.zeros(neurons, jnp.float32),
         sums=PowerSums(*(jnp.zeros(neurons, jnp.float32) for _ in PowerSums._fields)),
         active_F=jnp.zeros(neurons, jnp.uint32),
@@ -54,27 +55,27 @@ def empty_moments(*, neurons: int) -> Moments:
 def update_moments(
     moments: Moments,
     acts_BTF: Float[Array, "B T F"],
-    counted_BT: Bool[Array, "B T"],
+    counted_BTG: Bool[Array, "B T G"],
     *,
     active_above: float = 0.0,
 ) -> Moments:
     """Fold a batch in; a token is active where its activation is above `active_above`."""
     slices = max(n for n in range(1, _MOST_SLICES + 1) if acts_BTF.shape[0] % n == 0)
     acts_SBTF = [x_BTF.astype(jnp.float32) for x_BTF in jnp.split(acts_BTF, slices)]
-    weight_SBT1 = [x_BT.astype(jnp.float32)[:, :, None] for x_BT in jnp.split(counted_BT, slices)]
-    ones_BT = jnp.ones(weight_SBT1[0].shape[:2], jnp.float32)
+    weight_SBTG = [x_BTG.astype(jnp.float32) for x_BTG in jnp.split(counted_BTG, slices)]
+    ones_BT = jnp.ones(weight_SBTG[0].shape[:2], jnp.float32)
 
     def weighted_sum(function: Callable[[Array], Array]) -> Array:
         # Slices of the batch are added up first, in one kernel with the function and the weights; a
         # matrix product sums the little that is left. On a CPU this takes half the time of a product
         # over the whole batch, whose operand has to be written out, and masked reductions take longer.
-        terms = (w_BT1 * function(x_BTF) for w_BT1, x_BTF in zip(weight_SBT1, acts_SBTF, strict=True))
+        terms = (w_BTG * function(x_BTF) for w_BTG, x_BTF in zip(weight_SBTG, acts_SBTF, strict=True))
         return jnp.einsum("BT,BTF->F", ones_BT, functools.reduce(operator.add, terms), precision="highest")
 
-    here = counted_BT.sum(dtype=jnp.uint32)
-    count = moments.token_count + here
-    divisor = jnp.maximum(here, 1).astype(jnp.float32)
-    centre_F = weighted_sum(lambda x_BTF: x_BTF) / divisor
+    here_G = counted_BTG.sum(axis=(0, 1), dtype=jnp.uint32)
+    count_G = moments.token_count_G + here_G
+    divisor_G = jnp.maximum(here_G, 1).astype(jnp.float32)
+    centre_F = weighted_sum(lambda x_BTF: x_BTF) / divisor_G
 
     def deviations(power: int) -> Array:
         return weighted_sum(lambda x_BTF: (x_BTF - centre_F[None, None]) ** power)
@@ -82,13 +83,14 @@ def update_moments(
     # The first sum is what rounding the mean left. Without it a neuron that does not vary would seem to,
     # and a skewness beside a large mean would be wrong in the third digit.
     sums = PowerSums(deviations(1), deviations(2), deviations(3), deviations(4))
-    share_here = here.astype(jnp.float32) / jnp.maximum(count, 1).astype(jnp.float32)
-    shift_F = centre_F - moments.mean_F + sums.first_F / divisor
-    mean_F = moments.mean_F + shift_F * share_here
-    before = _recentred(moments.sums, moments.token_count.astype(jnp.float32), by_F=mean_F - moments.mean_F)
-    batch = _recentred(sums, here.astype(jnp.float32), by_F=mean_F - centre_F)
+    share_here_G = here_G.astype(jnp.float32) / jnp.maximum(count_G, 1).astype(jnp.float32)
+    shift_F = centre_F - moments.mean_F + sums.first_F / divisor_G
+    mean_F = moments.mean_F + shift_F * share_here_G
+    count_before_G = moments.token_count_G.astype(jnp.float32)
+    before = _recentred(moments.sums, count_before_G, by_F=mean_F - moments.mean_F)
+    batch = _recentred(sums, here_G.astype(jnp.float32), by_F=mean_F - centre_F)
     return Moments(
-        token_count=count,
+        token_count_G=count_G,
         mean_F=mean_F,
         sums=jax.tree.map(operator.add, before, batch),
         active_F=moments.active_F + weighted_sum(lambda x_BTF: x_BTF > active_above).astype(jnp.uint32),
@@ -131,19 +133,19 @@ class Statistics:
 def merge_moments(parts: Moments) -> Statistics:
     """Statistics of the union of parts that are stacked along a leading axis, in float64."""
     parts = jax.tree.map(lambda x: np.asarray(x, np.float64), parts)
-    count_P1 = parts.token_count[:, None]
-    count = count_P1.sum()
+    count_PG = parts.token_count_G
+    count_G = count_PG.sum(axis=0)
     with np.errstate(invalid="ignore"):
-        mean_F = np.sum(count_P1 * parts.mean_F + parts.sums.first_F, axis=0) / count
-        sums = _recentred(parts.sums, count_P1, by_F=mean_F - parts.mean_F)
-        _, variance_F, third_F, fourth_F = (np.sum(sum_PF, axis=0) / count for sum_PF in sums)
+        mean_F = np.sum(count_PG * parts.mean_F + parts.sums.first_F, axis=0) / count_G
+        sums = _recentred(parts.sums, count_PG, by_F=mean_F - parts.mean_F)
+        _, variance_F, third_F, fourth_F = (np.sum(sum_PF, axis=0) / count_G for sum_PF in sums)
         # What does not vary has sums of 0 or, by rounding, next to it.
         deviation_F = np.sqrt(np.where(variance_F > 0, variance_F, np.nan))
         return Statistics(
-            count_F=np.full(mean_F.shape, int(count), np.int64),
+            count_F=np.broadcast_to(count_G, mean_F.shape).astype(np.int64),
             mean_F=mean_F,
             variance_F=np.maximum(variance_F, 0),
             skewness_F=third_F / deviation_F**3,
             kurtosis_F=fourth_F / deviation_F**4,
-            fraction_active_F=np.sum(parts.active_F, axis=0) / count,
+            fraction_active_F=np.sum(parts.active_F, axis=0) / count_G,
         )

@@ -2,7 +2,7 @@
 
 Every neuron keeps the R sequences of highest priority, each with its per-token activations. The
 kinds differ only in what a sequence's priority is (see `reduction`); neurons that share one
-priority (kind `random`) form one group.
+priority (kind `random`) form one group, or one for every expert.
 
 Few sequences enter any top-k after a while, and the work shrinks with that: ranks are small arrays
 kept sorted by insertion, and only the activations of a sequence that enters are copied, once, into
@@ -25,6 +25,8 @@ _ROWS_PER_COPY = 128
 class TopK(NamedTuple):
     """The running answer. G is F, or 1 where all neurons share one priority.
 
+    Where G is neither, `group_F` says which priority is a neuron's; otherwise it is None.
+
     Rank r of group g lies in slot `slot_RG[r, g]` of `activation_FRT`. Ranks are always sorted,
     strongest first, equal priorities by sequence id. In a `reduction.LayerReduction` the arrays
     have a leading axis P of data shards.
@@ -34,15 +36,25 @@ class TopK(NamedTuple):
     sequence_RG: Int[Array, "*P R G"]
     slot_RG: Int[Array, "*P R G"]
     activation_FRT: Float[Array, "*P F R T"]
+    group_F: Int[Array, "*P F"] | None = None
 
 
-def empty_topk(*, groups: int, neurons: int, k: int, tokens: int, dtype: jnp.dtype) -> TopK:
+def empty_topk(
+    *,
+    groups: int,
+    neurons: int,
+    k: int,
+    tokens: int,
+    dtype: jnp.dtype,
+    group_F: Int[Array, "F"] | None = None,
+) -> TopK:
     """A top-k that has seen nothing."""
     return TopK(
         priority_RG=jnp.full((k, groups), -jnp.inf, jnp.float32),
         sequence_RG=jnp.full((k, groups), EMPTY, jnp.int32),
         slot_RG=jnp.tile(jnp.arange(k, dtype=jnp.int32)[:, None], (1, groups)),
         activation_FRT=jnp.full((neurons, k, tokens), jnp.nan, dtype),
+        group_F=group_F,
     )
 
 
@@ -51,7 +63,7 @@ def update_topk(
     priority_BG: Float[Array, "B G"],
     sequence_B: Int[Array, "B"],
     acts_BTF: Float[Array, "B T F"],
-    counted_BT: Bool[Array, "B T"],
+    counted_BTF: Bool[Array, "B T #F"],
 ) -> TopK:
     """Fold a batch in. A priority of -inf never enters.
 
@@ -74,7 +86,11 @@ def update_topk(
     def insert(carry: tuple) -> tuple:
         priority_RG, sequence_RG, slot_RG, acts_FRT, priority_BG, best_G, index_G, enters_G = carry
         freed_G = slot_RG[-1]
-        acts_FRT = _copy_rows(acts_FRT, acts_BTF, counted_BT, index_G, freed_G, enters_G)
+        if top.group_F is None:
+            entering = index_G, freed_G, enters_G
+        else:
+            entering = index_G[top.group_F], freed_G[top.group_F], enters_G[top.group_F]
+        acts_FRT = _copy_rows(acts_FRT, acts_BTF, counted_BTF, *entering)
 
         stays_RG = priority_RG >= jnp.where(enters_G, best_G, -jnp.inf)[None]
         above_stays_RG = _shift_down(stays_RG).at[0].set(True)
@@ -98,6 +114,7 @@ def update_topk(
         sequence_RG=sequence_RG,
         slot_RG=slot_RG,
         activation_FRT=acts_FRT,
+        group_F=top.group_F,
     )
 
 
@@ -108,7 +125,7 @@ def _shift_down(ranked_RG: Array) -> Array:
 def _copy_rows(
     acts_FRT: Array,
     acts_BTF: Array,
-    counted_BT: Array,
+    counted_BTF: Array,
     index_G: Array,
     slot_G: Array,
     enters_G: Array,
@@ -116,7 +133,7 @@ def _copy_rows(
     """Copy sequence `index_G` of the batch into slot `slot_G`, for the groups where one enters."""
     neurons = acts_FRT.shape[0]
     if enters_G.shape[0] == 1 != neurons:
-        row_TF = _stored(acts_BTF[index_G[0]], counted_BT[index_G[0]][:, None], acts_FRT.dtype)
+        row_TF = _stored(acts_BTF[index_G[0]], counted_BTF[index_G[0]], acts_FRT.dtype)
         return lax.dynamic_update_slice(acts_FRT, row_TF.T[:, None], (0, slot_G[0], 0))
 
     blocks = -(-neurons // _ROWS_PER_COPY)
@@ -127,7 +144,11 @@ def _copy_rows(
         index_N = index_G.at[neuron_N].get(mode="clip")
         slot_N = slot_G.at[neuron_N].get(mode="clip")
         row_NT = acts_BTF.at[index_N, :, neuron_N].get(mode="clip")
-        row_NT = _stored(row_NT, counted_BT[index_N], acts_FRT.dtype)
+        if counted_BTF.shape[2] == 1 != neurons:
+            counted_NT = jnp.squeeze(counted_BTF, axis=2)[index_N]
+        else:
+            counted_NT = counted_BTF.at[index_N, :, neuron_N].get(mode="clip")
+        row_NT = _stored(row_NT, counted_NT, acts_FRT.dtype)
         return acts_FRT.at[neuron_N, slot_N].set(row_NT, mode="drop", unique_indices=True)
 
     used_blocks = -(-enters_G.sum() // _ROWS_PER_COPY)

@@ -35,7 +35,7 @@ def gather(neuron: Neuron, sign: Sign, sample: int, config: ExplainConfig) -> Ev
     """
     prompt = config.prompt
     rng = np.random.default_rng(
-        [config.sampling.seed, neuron.layer, neuron.index, sign == "min", sample * prompt.resample_exemplars]
+        [config.sampling.seed, *neuron.id, sign == "min", sample * prompt.resample_exemplars]
     )
     if prompt.style in ("token_list", "activation_values"):
         return _token_evidence(neuron, sign, prompt)

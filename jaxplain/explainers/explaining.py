@@ -20,6 +20,7 @@ from jaxplain.explainers.replies import (
 )
 from jaxplain.explainers.token_means import describe_tokens, token_means
 from jaxplain.store.explanations import ExplanationDatabase, Sample
+from jaxplain.store.neuron_id import NeuronId, neuron_of
 from jaxplain.store.reader import Neuron, Split
 
 _NOT_IN_RECIPE = ("concurrency", "timeout_seconds", "retries", "cache", "prices", "budget", "key_variable")
@@ -44,7 +45,7 @@ def recipe_of(config: ExplainConfig) -> dict[str, Any]:
 def explain_neurons(
     config: ExplainConfig,
     split: Split,
-    neurons: Sequence[tuple[int, int]],
+    neurons: Sequence[NeuronId],
     model: LanguageModel | None,
     database: ExplanationDatabase,
     recipe: int,
@@ -58,41 +59,42 @@ def explain_neurons(
     """
     outcomes: Counter[str] = Counter()
     if model is None:
-        for layer, index in neurons:
-            if database.claim(recipe, layer, index):
-                samples = list(_token_table_samples(split.neuron(layer, index), config))
-                database.finish(recipe, layer, index, samples)
+        for neuron in neurons:
+            if database.claim(recipe, neuron):
+                samples = list(_token_table_samples(split.neuron_called(neuron), config))
+                database.finish(recipe, neuron, samples)
                 outcomes.update(sample.status for sample in samples)
                 watch(samples, [])
         return outcomes
 
-    open_neurons: dict[tuple[int, int], _OpenNeuron] = {}
+    open_neurons: dict[NeuronId, _OpenNeuron] = {}
 
     def requests() -> Iterator[Request]:
-        for layer, index in neurons:
-            if not database.claim(recipe, layer, index):
+        for neuron in neurons:
+            if not database.claim(recipe, neuron):
                 continue
-            neuron = split.neuron(layer, index)
-            wanted, silent = _requests(neuron, config, database.answered(recipe, layer, index))
+            answered = database.answered(recipe, neuron)
+            wanted, silent = _requests(split.neuron_called(neuron), config, answered)
             opened = _OpenNeuron(samples=silent, outstanding=len(wanted))
             if not wanted:
-                close(layer, index, opened)
+                close(neuron, opened)
                 continue
-            open_neurons[layer, index] = opened
+            open_neurons[neuron] = opened
             yield from wanted
 
-    def close(layer: int, index: int, opened: "_OpenNeuron") -> None:
-        database.finish(recipe, layer, index, opened.samples)
+    def close(neuron: NeuronId, opened: "_OpenNeuron") -> None:
+        database.finish(recipe, neuron, opened.samples)
         outcomes.update(sample.status for sample in opened.samples)
         watch(opened.samples, opened.replies)
 
     for request, reply in model.answers(requests()):
-        opened = open_neurons[request.layer, request.index]
+        neuron = neuron_of(request)
+        opened = open_neurons[neuron]
         opened.samples += _samples(request, reply, config)
         opened.replies.append(reply)
         opened.outstanding -= 1
         if opened.outstanding == 0:
-            close(request.layer, request.index, open_neurons.pop((request.layer, request.index)))
+            close(neuron, open_neurons.pop(neuron))
     return outcomes
 
 
@@ -121,11 +123,12 @@ def _requests(
             if evidence is None:
                 silent += [Sample(sign=s, sample=sample, status="silent", detail=_SILENT) for s in missing]
                 continue
-            draw = (config.sampling.seed, neuron.layer, neuron.index, int(sign == "min"), sample)
+            draw = (config.sampling.seed, *neuron.id, int(sign == "min"), sample)
             messages = prompt(evidence.shown, config.prompt, solved_examples(config.prompt, *draw))
             wanted.append(
                 Request(
                     layer=neuron.layer,
+                    expert=neuron.expert,
                     index=neuron.index,
                     sign=sign,
                     sample=sample,

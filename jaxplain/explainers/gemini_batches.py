@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from jaxplain.explainers.gemini import GeminiClient, reply_of
 from jaxplain.explainers.remote import Purse, RejectedError, TransientError
 from jaxplain.explainers.replies import Reply, Request
 from jaxplain.store.explanations import ExplanationDatabase
+from jaxplain.store.neuron_id import NeuronId, neuron_of
 
 _FIRST_POLL, _LONGEST_POLL = 1.0, 60.0
 _MOST_JOB_BYTES = 15_000_000  # the API takes 20 MB of inlined requests
@@ -73,7 +75,7 @@ class GeminiBatches:
                 for number, job in enumerate(jobs, 1):
                     for request, reply in runner.run(self._results(job)):
                         yield request, reply
-                        unanswered[request.layer, request.index] -= 1
+                        unanswered[neuron_of(request)] -= 1
                     self._forget(jobs[:number], unanswered)
                 if stopped_by is not None:
                     raise stopped_by
@@ -95,7 +97,7 @@ class GeminiBatches:
         if part:
             yield part
 
-    def _forget(self, jobs: list[_Job], unanswered: Mapping[tuple[int, int], int]) -> None:
+    def _forget(self, jobs: list[_Job], unanswered: Mapping[NeuronId, int]) -> None:
         """Forget what was read of jobs, as far as it is written.
 
         A neuron is written when the last of its replies is in. Until then, and while other neurons are
@@ -232,7 +234,7 @@ class GeminiBatches:
 
 
 def _key(request: Request) -> str:
-    key = f"{request.layer}:{request.index}:{request.sign}:{request.sample}"
+    key = ":".join(map(str, (*neuron_of(request), request.sign, request.sample)))
     if request.schema is None:
         return key
     # Whoever asks by schema asks about explanations, of which a neuron may have several.
@@ -240,9 +242,9 @@ def _key(request: Request) -> str:
     return f"{key}:{hashlib.sha256(said.encode()).hexdigest()[:16]}"
 
 
-def _neuron(key: str) -> tuple[int, int]:
-    layer, index, *_ = key.split(":")
-    return int(layer), int(index)
+def _neuron(key: str) -> NeuronId:
+    numbers = itertools.takewhile(str.isdecimal, key.split(":"))
+    return NeuronId(map(int, numbers))  # up to the sign
 
 
 def _sentence(outcome: Exception) -> Exception:

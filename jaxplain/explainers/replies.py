@@ -22,6 +22,7 @@ class Request:
 
     layer: int
     index: int
+    expert: int | None = None
     sign: str
     sample: int
     messages: Sequence[Message]

@@ -44,10 +44,17 @@ def token_means(neuron: Neuron, sign: Sign) -> TokenMeans:
         for exemplar in (neuron.exemplars("random") if "random" in kinds else [])
         if exemplar.sequence not in inside
     ]
-    unseen = neuron.split.sequence_count - len(extreme)
-    weights = [1.0] * len(extreme) + [unseen / max(len(others), 1)] * len(others)
+    if neuron.expert is None:
+        unseen, drawn = neuron.split.sequence_count - len(extreme), len(others)
+    else:  # how many sequences have tokens for an expert is not known, but how many tokens they are is
+        unseen, drawn = neuron.stats.count - _counted(extreme), _counted(others)
+    weights = [1.0] * len(extreme) + [unseen / max(drawn, 1)] * len(others)
     direction = 1.0 if sign == "max" else -1.0
     return _weighted_means([*extreme, *others], weights, direction, direction * neuron.stats.mean)
+
+
+def _counted(exemplars: list[Exemplar]) -> int:
+    return sum(int((~np.isnan(exemplar.activations)).sum()) for exemplar in exemplars)
 
 
 def _weighted_means(

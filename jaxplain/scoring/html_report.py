@@ -55,6 +55,7 @@ def _write_table(scored: Sequence[ScoredExplanation], path: Path) -> None:
             e = one.explanation
             about = {
                 "layer": e.layer,
+                "expert": e.expert,
                 "index": e.index,
                 "provider": e.provider,
                 "style": e.style,

@@ -19,6 +19,7 @@ from jaxplain.scoring.judging import (
 from jaxplain.simulators.levels import extreme_of
 from jaxplain.simulators.opening import remote_identity
 from jaxplain.store.explanations import Explanation, ExplanationDatabase
+from jaxplain.store.neuron_id import neuron_of
 from jaxplain.store.reader import Store
 from jaxplain.store.scores import Score, ScoreDatabase
 
@@ -94,8 +95,9 @@ def judge_explanations(
 
 def _trial(explanation: Explanation, config: JudgeConfig, store: Store, *, train: str, split: str) -> Trial:
     sign = "max" if explanation.sign == "max" else "min"
-    neuron = store[split].neuron(explanation.layer, explanation.index)
-    extreme = extreme_of(store[train].neuron(explanation.layer, explanation.index), sign)
+    name = neuron_of(explanation)
+    neuron = store[split].neuron_called(name)
+    extreme = extreme_of(store[train].neuron_called(name), sign)
     ask = detection_questions if config.test == "detection" else fuzzing_questions
     questions = functools.partial(
         ask,
@@ -107,10 +109,11 @@ def _trial(explanation: Explanation, config: JudgeConfig, store: Store, *, train
         silent=config.silent,
         pieces=config.tokens,
         # Neither depends on the explanation, so that all of a neuron's get the same questions.
-        seed=config.sampling.seed + 1_000_003 * explanation.layer + explanation.index,
+        seed=config.sampling.seed + 1_000_003 * name.layer + 10_007 * (name.expert or 0) + name.index,
     )
     return Trial(
         layer=explanation.layer,
+        expert=explanation.expert,
         index=explanation.index,
         sign=explanation.sign,
         test=config.test,

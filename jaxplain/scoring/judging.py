@@ -31,6 +31,7 @@ from jaxplain.explainers.replies import (
     replies_by_item,
 )
 from jaxplain.simulators.simulation import Failure
+from jaxplain.store.neuron_id import neuron_of
 from jaxplain.store.reader import Exemplar
 
 Test = Literal["detection", "fuzzing"]
@@ -62,6 +63,7 @@ class Trial:
 
     layer: int
     index: int
+    expert: int | None = None
     sign: str
     test: Test
     explanation: str
@@ -316,10 +318,11 @@ def _batches(trial: Trial, at_once: int) -> list[Sequence[Question]]:
 
 
 def _requests(trial: Trial, at_once: int, seed: int) -> list[Request]:
-    draw = (seed, trial.layer, trial.index, int(trial.sign == "min"))
+    draw = (seed, *neuron_of(trial), int(trial.sign == "min"))
     return [
         Request(
             layer=trial.layer,
+            expert=trial.expert,
             index=trial.index,
             sign=trial.sign,
             sample=number,

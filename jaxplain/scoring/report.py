@@ -12,6 +12,7 @@ from jaxplain.configs.scoring import BootstrapConfig
 from jaxplain.scoring.bootstrap import mean_interval
 from jaxplain.scoring.choice import best
 from jaxplain.scoring.scoring import ScoredExplanation
+from jaxplain.store.neuron_id import NeuronId, neuron_of
 
 HEADLINE = "correlation"
 
@@ -62,7 +63,7 @@ def summarise(scored: Sequence[ScoredExplanation], bootstrap: BootstrapConfig) -
                 simulator=simulator,
                 provider=provider,
                 explanations=len(members),
-                neurons=len({(one.explanation.layer, one.explanation.index) for one in members}),
+                neurons=len({neuron_of(one.explanation) for one in members}),
                 correlation=_mean(values),
                 low=low,
                 high=high,
@@ -82,6 +83,7 @@ class BestChoice:
     """
 
     layer: int
+    expert: int | None
     index: int
     sign: str
     simulator: str
@@ -95,14 +97,14 @@ def best_explanations(
     scored: Sequence[ScoredExplanation], *, choose_on: str, report_on: str
 ) -> list[BestChoice]:
     """For every neuron, sign and simulator the explanation with the highest correlation; NaN never wins."""
-    groups: dict[tuple[int, int, str, str], dict[int, dict[str, ScoredExplanation]]] = defaultdict(
+    groups: dict[tuple[NeuronId, str, str], dict[int, dict[str, ScoredExplanation]]] = defaultdict(
         lambda: defaultdict(dict)
     )
     for one in scored:
         e = one.explanation
-        groups[e.layer, e.index, e.sign, one.simulator][e.id][one.split] = one
+        groups[neuron_of(e), e.sign, one.simulator][e.id][one.split] = one
     found = []
-    for (layer, index, sign, simulator), candidates in sorted(groups.items()):
+    for (neuron, sign, simulator), candidates in sorted(groups.items()):
         numbers = sorted(number for number in candidates if choose_on in candidates[number])
         values = [_headline(candidates[number][choose_on]) for number in numbers]
         place = best(values)
@@ -111,8 +113,9 @@ def best_explanations(
         chosen = candidates[numbers[place]]
         found.append(
             BestChoice(
-                layer=layer,
-                index=index,
+                layer=neuron.layer,
+                expert=neuron.expert,
+                index=neuron.index,
                 sign=sign,
                 simulator=simulator,
                 explanation=numbers[place],

@@ -40,6 +40,7 @@ from jaxplain.store.explanations import (
     ExplanationDatabase,
     open_explanations,
 )
+from jaxplain.store.neuron_id import NeuronId, neuron_of
 from jaxplain.store.reader import Store, open_store
 from jaxplain.store.scores import Score, ScoreDatabase, StoredSimulation
 from jaxplain.subjects.subject import find_folder
@@ -161,11 +162,11 @@ class _Run:
         neurons = set(choose_neurons(config.neurons, self._store[config.splits[-1]]))
         if config.neurons.held_out_of is not None:
             pairs = _pairs_of(config.neurons.held_out_of)
-            neurons = {pair for pair in neurons if is_held_out(*pair, pairs)}
+            neurons = {n for n in neurons if is_held_out(n.layer, n.index, pairs, expert=n.expert)}
         found = [
             explanation
             for explanation in self._database.each_explanation()
-            if (explanation.layer, explanation.index) in neurons
+            if neuron_of(explanation) in neurons
             and explanation.sign in config.signs
             and (not config.providers or explanation.provider in config.providers)
         ]
@@ -176,12 +177,12 @@ class _Run:
             )
         return found
 
-    def _read_target(self, layer: int, index: int, sign: Sign, split: str) -> Target:
-        neuron = self._store[split].neuron(layer, index)
-        return target_of(neuron, sign, top=self._config.top, random=self._config.random)
+    def _read_target(self, neuron: NeuronId, sign: Sign, split: str) -> Target:
+        found = self._store[split].neuron_called(neuron)
+        return target_of(found, sign, top=self._config.top, random=self._config.random)
 
     def _target_of(self, explanation: Explanation, split: str) -> Target:
-        return self._target(explanation.layer, explanation.index, _sign(explanation), split)
+        return self._target(neuron_of(explanation), _sign(explanation), split)
 
     def _simulate(self, simulator: SimulatorConfig, number: int, explanations: Sequence[Explanation]) -> None:
         """Have a simulator make what the database lacks."""
@@ -204,6 +205,7 @@ class _Run:
                 tokens = self._target_of(explanation, split).tokens
                 job = Job(
                     layer=explanation.layer,
+                    expert=explanation.expert,
                     index=explanation.index,
                     sign=_sign(explanation),
                     explanation=explanation.text,
@@ -250,7 +252,7 @@ class _Run:
 
     def _calibration(self, explanation: Explanation, number: int) -> Calibration:
         config = self._config.calibration
-        neuron = self._store[self._config.train].neuron(explanation.layer, explanation.index)
+        neuron = self._store[self._config.train].neuron_called(neuron_of(explanation))
         extreme = extreme_of(neuron, _sign(explanation))
         if config.method == "none":
             nothing = np.zeros(0, np.float32)
@@ -340,8 +342,7 @@ class _Run:
             name: self._predicted(explanation, number, split)[0][first_N] for name, number in numbers.items()
         }
         return Strip(
-            layer=explanation.layer,
-            index=explanation.index,
+            neuron=neuron_of(explanation),
             sign=explanation.sign,
             explanation=explanation.text,
             lines=strip_lines(self._store.vocabulary, target.tokens[0], target.truth_N[first_N], simulated),
@@ -360,7 +361,12 @@ def _open_database(config: ScoreConfig, store: Store) -> ExplanationDatabase:
         raise JaxplainError(
             f"there are no explanations at {path}; make some with python -m jaxplain.explain."
         )
-    return open_explanations(path, fingerprint=store.fingerprint, subject=store.attributes["subject"]["id"])
+    return open_explanations(
+        path,
+        fingerprint=store.fingerprint,
+        subject=store.attributes["subject"]["id"],
+        experts=store[config.train].experts is not None,
+    )
 
 
 def _pairs_of(simulator: str) -> PairsConfig:

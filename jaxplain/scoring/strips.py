@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxplain.simulators.simulation import LEVELS
+from jaxplain.store.neuron_id import NeuronId
 from jaxplain.store.reader import Vocabulary
 
 _STRONGEST = (217, 95, 2)  # a deep orange, which colour-blind people tell from white too
@@ -25,8 +26,7 @@ class Line:
 class Strip:
     """A sequence with its real activations, and below them those of every simulator."""
 
-    layer: int
-    index: int
+    neuron: NeuronId
     sign: str
     explanation: str
     lines: Sequence[Line]

@@ -50,7 +50,7 @@ def target_of(neuron: Neuron, sign: Sign, *, top: int, random: int) -> Target:
         taken = {exemplar.sequence for exemplar in strongest}
         # The stored ones are the same for every neuron; scores of many should not hang on a few of them.
         stored = neuron.exemplars("random")
-        order = np.random.default_rng((neuron.layer, neuron.index, sign == "min")).permutation(len(stored))
+        order = np.random.default_rng((*neuron.id, sign == "min")).permutation(len(stored))
         rest = [stored[place] for place in order if stored[place].sequence not in taken]
     exemplars = [*strongest, *rest[:random]]
     lengths = [len(exemplar.tokens) for exemplar in exemplars]

@@ -24,6 +24,7 @@ from jaxplain.explainers.replies import (
     replies_by_item,
 )
 from jaxplain.simulators.simulation import LEVELS, Failure, Job, Simulation
+from jaxplain.store.neuron_id import neuron_of
 from jaxplain.store.reader import Vocabulary
 
 SCHEMA: dict[str, Any] = {
@@ -82,10 +83,11 @@ class LogprobFreeSimulator:
 
     def _requests(self, job: Job) -> list[Request]:
         """One for every sequence of a job; `sample` is the sequence's number."""
-        draw = (self._seed, job.layer, job.index, int(job.sign == "min"))
+        draw = (self._seed, *neuron_of(job), int(job.sign == "min"))
         return [
             Request(
                 layer=job.layer,
+                expert=job.expert,
                 index=job.index,
                 sign=job.sign,
                 sample=number,

@@ -20,6 +20,7 @@ from jaxplain.simulators.levels import NOT_COUNTED, discretised, extreme_of
 from jaxplain.simulators.reading import NO_TOKEN
 from jaxplain.simulators.readout import Readout
 from jaxplain.store.explanations import Explanation
+from jaxplain.store.neuron_id import NeuronId, neuron_of
 from jaxplain.store.reader import Exemplar, Neuron, Split
 
 
@@ -116,16 +117,16 @@ def make_dataset(
         out: Pairs(longest_prompt=longest, together=config.top + config.random, length=tokens)
         for out in (False, True)
     }
-    neurons: dict[bool, set[tuple[int, int]]] = {False: set(), True: set()}
+    neurons: dict[bool, set[NeuronId]] = {False: set(), True: set()}
     for explanation, prompt, fits in zip(chosen, prompts, fitting, strict=True):
         if not fits:
             continue
-        place = (explanation.layer, explanation.index)
-        held_out = is_held_out(*place, config)
-        found = _sequences(split.neuron(*place), explanation, held_out, config, readout)
+        neuron = neuron_of(explanation)
+        held_out = is_held_out(neuron.layer, neuron.index, config, expert=neuron.expert)
+        found = _sequences(split.neuron_called(neuron), explanation, held_out, config, readout)
         if found:
             sets[held_out].add(prompt, found)
-            neurons[held_out].add(place)
+            neurons[held_out].add(neuron)
     for held_out, name, remedy in (
         (False, "to train on", "lower the two shares, or explain more neurons"),
         (
@@ -144,9 +145,10 @@ def make_dataset(
     )
 
 
-def is_held_out(layer: int, index: int, config: PairsConfig) -> bool:
+def is_held_out(layer: int, index: int, config: PairsConfig, *, expert: int | None = None) -> bool:
     """Whether a neuron is one of those that are never trained on."""
-    draw = lottery(config.seed, np.array([layer]), np.array([index]))
+    number = index if expert is None else (expert << 32) + index
+    draw = lottery(config.seed, np.array([layer]), np.array([number]))
     return bool(draw[0] < config.held_out_neurons)
 
 
@@ -163,7 +165,7 @@ def _sequences(
     extreme = extreme_of(neuron, sign)
     if not extreme > 0:
         return []
-    rng = np.random.default_rng((config.seed, explanation.layer, explanation.index, sign == "min"))
+    rng = np.random.default_rng((config.seed, *neuron.id, sign == "min"))
     chosen: dict[int, Exemplar] = {}
     for kind, count in ((sign, config.top), ("random", config.random)):
         if count == 0:

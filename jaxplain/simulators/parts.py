@@ -26,7 +26,7 @@ READOUT = "readout_LD"
 """The unembedding's rows for the levels."""
 
 _DOWN, _UP = "lora_down", "lora_up"
-_INPUT_AXES = {"output_HCD": 2, "down_FD": 1}
+_INPUT_AXES = {"output_HCD": 2, "down_FD": 1, "down_EID": 2}
 """How many leading axes are those of a matrix's input; 1 for those not named."""
 
 

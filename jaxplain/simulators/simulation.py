@@ -19,6 +19,7 @@ class Job:
 
     layer: int
     index: int
+    expert: int | None = None
     sign: Sign
     explanation: str
     sequences: Sequence[Int[np.ndarray, "_"]]

@@ -7,6 +7,7 @@ import numpy as np
 from jaxplain.explainers.token_means import TokenMeans, token_means
 from jaxplain.simulators.levels import extreme_of
 from jaxplain.simulators.simulation import LEVELS, Failure, Job, Simulation
+from jaxplain.store.neuron_id import neuron_of
 from jaxplain.store.reader import Split
 
 
@@ -19,7 +20,7 @@ class TokenTableSimulator:
     def simulate(self, jobs: Iterator[Job]) -> Iterator[tuple[Job, list[Simulation | Failure]]]:
         """Jobs with their simulations, in order."""
         for job in jobs:
-            neuron = self._train.neuron(job.layer, job.index)
+            neuron = self._train.neuron_called(neuron_of(job))
             extreme = extreme_of(neuron, job.sign)
             if not extreme > 0:
                 yield job, [Failure(detail="the neuron has no activation of this sign")] * len(job.sequences)

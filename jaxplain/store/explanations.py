@@ -12,6 +12,8 @@
     explanations_text                 full-text index (FTS5) of explanations
     explanations, failures            views of samples
 
+Where the subject is a mixture of experts, tables and views have a column `expert` before `neuron`.
+
 A neuron's samples are written in one transaction. Several processes may work on one database.
 """
 
@@ -28,58 +30,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxplain.errors import JaxplainError, first_line
+from jaxplain.store.explanation_tables import NEURON_COLUMNS, create_tables
+from jaxplain.store.neuron_id import NeuronId
 
 DATABASE_NAME = "explanations.sqlite"
-_VERSION = 1
 _LEASE_SECONDS = 120.0
 _BUSY_SECONDS = 60.0
 
 Status = Literal["explained", "silent", "refused", "unparsable", "failed"]
-
-_SCHEMA = """
-CREATE TABLE store (fingerprint TEXT NOT NULL, subject TEXT NOT NULL);
-CREATE TABLE recipes (
-    id INTEGER PRIMARY KEY, config TEXT NOT NULL UNIQUE, jaxplain_version TEXT NOT NULL,
-    created REAL NOT NULL, requests INTEGER NOT NULL DEFAULT 0, cost_usd REAL NOT NULL DEFAULT 0
-);
-CREATE TABLE work (
-    recipe INTEGER NOT NULL REFERENCES recipes, layer INTEGER NOT NULL, neuron INTEGER NOT NULL,
-    owner TEXT, expires REAL,
-    PRIMARY KEY (recipe, layer, neuron)
-) WITHOUT ROWID;
-CREATE TABLE messages (
-    id INTEGER PRIMARY KEY, role TEXT NOT NULL, content TEXT NOT NULL, UNIQUE (role, content)
-);
-CREATE TABLE samples (
-    id INTEGER PRIMARY KEY, recipe INTEGER NOT NULL REFERENCES recipes,
-    layer INTEGER NOT NULL, neuron INTEGER NOT NULL,
-    sign TEXT NOT NULL CHECK (sign IN ('max', 'min')), sample INTEGER NOT NULL,
-    status TEXT NOT NULL CHECK (status IN ('explained', 'silent', 'refused', 'unparsable', 'failed')),
-    text TEXT CHECK ((status = 'explained') = (text IS NOT NULL) AND trim(text) <> ''),
-    detail TEXT, reply TEXT, messages TEXT NOT NULL, sequences TEXT NOT NULL, model TEXT,
-    input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, cost_usd REAL NOT NULL,
-    created REAL NOT NULL,
-    UNIQUE (recipe, layer, neuron, sign, sample)
-);
-CREATE INDEX samples_of_neuron ON samples (layer, neuron);
-CREATE TABLE batches (
-    id INTEGER PRIMARY KEY, recipe INTEGER NOT NULL REFERENCES recipes, label TEXT NOT NULL UNIQUE,
-    name TEXT, requests TEXT NOT NULL, reserved_usd REAL NOT NULL, created REAL NOT NULL
-);
-CREATE VIRTUAL TABLE explanations_text USING fts5 (text, content='samples', content_rowid='id');
-CREATE TRIGGER samples_inserted AFTER INSERT ON samples WHEN new.text IS NOT NULL BEGIN
-    INSERT INTO explanations_text (rowid, text) VALUES (new.id, new.text);
-END;
-CREATE TRIGGER samples_deleted AFTER DELETE ON samples WHEN old.text IS NOT NULL BEGIN
-    INSERT INTO explanations_text (explanations_text, rowid, text) VALUES ('delete', old.id, old.text);
-END;
-CREATE VIEW explanations AS
-    SELECT id, recipe, layer, neuron, sign, sample, text, model, cost_usd, created
-    FROM samples WHERE status = 'explained';
-CREATE VIEW failures AS
-    SELECT id, recipe, layer, neuron, sign, sample, status, detail, reply, model, created
-    FROM samples WHERE status <> 'explained';
-"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +47,7 @@ class Explanation:
     Attributes:
         id: Its number in the database, which scores refer to.
         layer, index: The neuron.
+        expert: Of which expert it is, where the subject is a mixture of experts; else None.
         sign: max explains what drives it up, min what drives it down.
         text: The explanation.
         sample: Number among the explanations that were drawn for this neuron and sign.
@@ -108,6 +67,7 @@ class Explanation:
     model: str | None
     style: str
     recipe: int
+    expert: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,10 +89,14 @@ class Sample:
 
 
 class ExplanationDatabase:
-    """The database, open for reading and writing, in one process. Use as a context manager."""
+    """The database, open for reading and writing, in one process. Use as a context manager.
 
-    def __init__(self, path: Path, connection: sqlite3.Connection):
-        self.path, self.connection = path, connection
+    `neuron_columns` say in its tables which neuron it is.
+    """
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, neuron_columns: tuple[str, ...]):
+        self.path, self.connection, self.neuron_columns = path, connection, neuron_columns
+        self._of_neuron = " AND ".join(f"{column} = ?" for column in ("recipe", *neuron_columns))
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}"
 
     def __enter__(self) -> "ExplanationDatabase":
@@ -197,25 +161,21 @@ class ExplanationDatabase:
 
     # Who does which neuron.
 
-    def done(self, recipe: int) -> set[tuple[int, int]]:
-        """The (layer, neuron) pairs that are complete."""
+    def done(self, recipe: int) -> set[NeuronId]:
+        """The neurons that are complete."""
         rows = self.connection.execute(
-            "SELECT layer, neuron FROM work WHERE recipe = ? AND owner IS NULL", (recipe,)
+            f"SELECT {', '.join(self.neuron_columns)} FROM work WHERE recipe = ? AND owner IS NULL", (recipe,)
         )
-        return {(layer, neuron) for layer, neuron in rows}
+        return set(map(NeuronId, rows))
 
-    def claim(self, recipe: int, layer: int, neuron: int) -> bool:
+    def claim(self, recipe: int, neuron: NeuronId) -> bool:
         """Take a neuron on, unless it is done or a living process has it."""
-        key, now = (recipe, layer, neuron), time.time()
+        key, now = (recipe, *neuron), time.time()
         with self.transaction() as c:
-            row = c.execute(
-                "SELECT owner, expires FROM work WHERE recipe = ? AND layer = ? AND neuron = ?", key
-            ).fetchone()
+            row = c.execute(f"SELECT owner, expires FROM work WHERE {self._of_neuron}", key).fetchone()
             if row is not None and (row[0] is None or (row[1] > now and _may_live(row[0]))):
                 return False
-            c.execute(
-                "INSERT OR REPLACE INTO work VALUES (?, ?, ?, ?, ?)", (*key, self.owner, now + _LEASE_SECONDS)
-            )
+            _insert(c, "INSERT OR REPLACE INTO work", (*key, self.owner, now + _LEASE_SECONDS))
             return True
 
     @contextlib.contextmanager
@@ -242,37 +202,37 @@ class ExplanationDatabase:
             with self.transaction() as c:
                 c.execute("DELETE FROM work WHERE owner = ?", (self.owner,))
 
-    def forget(self, recipe: int, neurons: Iterable[tuple[int, int]]) -> None:
+    def forget(self, recipe: int, neurons: Iterable[NeuronId]) -> None:
         """Remove what a recipe gave for some neurons, so that it is done again."""
         with self.transaction() as c:
-            keys = [(recipe, layer, neuron) for layer, neuron in neurons]
+            keys = [(recipe, *neuron) for neuron in neurons]
             for table in ("samples", "work"):
-                c.executemany(f"DELETE FROM {table} WHERE recipe = ? AND layer = ? AND neuron = ?", keys)
+                c.executemany(f"DELETE FROM {table} WHERE {self._of_neuron}", keys)
 
     # Samples.
 
-    def answered(self, recipe: int, layer: int, neuron: int) -> set[tuple[str, int]]:
+    def answered(self, recipe: int, neuron: NeuronId) -> set[tuple[str, int]]:
         """The (sign, sample) pairs that need not be asked for again: all but those that failed."""
         rows = self.connection.execute(
-            "SELECT sign, sample FROM samples WHERE recipe = ? AND layer = ? AND neuron = ? "
-            "AND status <> 'failed'",
-            (recipe, layer, neuron),
+            f"SELECT sign, sample FROM samples WHERE {self._of_neuron} AND status <> 'failed'",
+            (recipe, *neuron),
         )
         return {(sign, sample) for sign, sample in rows}
 
-    def finish(self, recipe: int, layer: int, neuron: int, samples: Sequence[Sample]) -> None:
+    def finish(self, recipe: int, neuron: NeuronId, samples: Sequence[Sample]) -> None:
         """Write a neuron's samples; it is done unless one of them failed."""
-        key, now = (recipe, layer, neuron), time.time()
+        key, now = (recipe, *neuron), time.time()
         with self.transaction() as c:
             for sample in samples:
                 c.execute(
-                    "DELETE FROM samples WHERE recipe = ? AND layer = ? AND neuron = ? AND sign = ? "
-                    "AND sample = ?",
+                    f"DELETE FROM samples WHERE {self._of_neuron} AND sign = ? AND sample = ?",
                     (*key, sample.sign, sample.sample),
                 )
-                c.execute(
-                    f"INSERT INTO samples VALUES (NULL, {', '.join('?' * 16)})",
+                _insert(
+                    c,
+                    "INSERT INTO samples",
                     (
+                        None,
                         *key,
                         sample.sign,
                         sample.sample,
@@ -290,9 +250,9 @@ class ExplanationDatabase:
                     ),
                 )
             if any(sample.status == "failed" for sample in samples):
-                c.execute("DELETE FROM work WHERE recipe = ? AND layer = ? AND neuron = ?", key)
+                c.execute(f"DELETE FROM work WHERE {self._of_neuron}", key)
             else:
-                c.execute("INSERT OR REPLACE INTO work VALUES (?, ?, ?, NULL, NULL)", key)
+                _insert(c, "INSERT OR REPLACE INTO work", (*key, None, None))
 
     def counts(self, recipe: int) -> dict[str, int]:
         """How many samples of a recipe have each status."""
@@ -310,25 +270,32 @@ class ExplanationDatabase:
         ).fetchone()
         return row and row[0]
 
-    def explanations(self, layer: int | None = None, index: int | None = None) -> list[Explanation]:
+    def explanations(
+        self, layer: int | None = None, index: int | None = None, expert: int | None = None
+    ) -> list[Explanation]:
         """All explanations, or those of a layer or neuron, in order of neuron, sign, recipe and sample."""
-        return list(self.each_explanation(layer, index))
+        return list(self.each_explanation(layer, index, expert))
 
-    def each_explanation(self, layer: int | None = None, index: int | None = None) -> Iterator[Explanation]:
+    def each_explanation(
+        self, layer: int | None = None, index: int | None = None, expert: int | None = None
+    ) -> Iterator[Explanation]:
         """The same, one by one."""
+        where, values = self.where_neuron(layer, index, expert)
+        names = ", ".join(self.neuron_columns)
         rows = self.connection.execute(
-            "SELECT explanations.id, layer, neuron, sign, text, sample, recipe, model, "
+            f"SELECT {names}, explanations.id, sign, text, sample, recipe, model, "
             "json_extract(config, '$.explainer.provider'), json_extract(config, '$.prompt.style') "
             "FROM explanations JOIN recipes ON recipes.id = recipe "
-            "WHERE (:layer IS NULL OR layer = :layer) AND (:index IS NULL OR neuron = :index) "
-            "ORDER BY layer, neuron, sign, recipe, sample",
-            {"layer": layer, "index": index},
+            f"WHERE {where} ORDER BY {names}, sign, recipe, sample",
+            values,
         )
-        for id_, layer_, neuron, sign, text, sample, recipe, model, provider, style in rows:
+        for *named, id_, sign, text, sample, recipe, model, provider, style in rows:
+            neuron = NeuronId(named)
             yield Explanation(
                 id=id_,
-                layer=layer_,
-                index=neuron,
+                layer=neuron.layer,
+                expert=neuron.expert,
+                index=neuron.index,
                 sign=sign,
                 text=text,
                 sample=sample,
@@ -338,11 +305,21 @@ class ExplanationDatabase:
                 recipe=recipe,
             )
 
+    def where_neuron(
+        self, layer: int | None, index: int | None, expert: int | None
+    ) -> tuple[str, dict[str, int]]:
+        """A condition for those of the three that are not None, and the values that it names."""
+        given = {"layer": layer, "expert": expert, "neuron": index}
+        values = {name: value for name, value in given.items() if value is not None}
+        # There is no column of experts where there are none: then nothing is of one.
+        conditions = [f"{name} = :{name}" if name in self.neuron_columns else "0" for name in values]
+        return " AND ".join(conditions) or "1", values
+
     def search(self, query: str) -> list[Explanation]:
         """Explanations that match a full-text query, best first (SQLite's FTS5 syntax)."""
         try:
             rows = self.connection.execute(
-                "SELECT layer, neuron, sign, sample, recipe FROM explanations_text "
+                "SELECT layer, neuron, samples.id FROM explanations_text "
                 "JOIN samples ON samples.id = explanations_text.rowid WHERE explanations_text MATCH ? "
                 "ORDER BY rank",
                 (query,),
@@ -350,9 +327,8 @@ class ExplanationDatabase:
         except sqlite3.OperationalError as error:
             raise JaxplainError(f"{query!r} is no full-text query: {first_line(error)}.") from error
         found = []
-        for layer, neuron, sign, sample, recipe in rows:
-            key = (sign, sample, recipe)
-            found += [e for e in self.explanations(layer, neuron) if (e.sign, e.sample, e.recipe) == key]
+        for layer, neuron, id_ in rows:
+            found += [e for e in self.explanations(layer, neuron) if e.id == id_]
         return found
 
     # Batch jobs.
@@ -397,9 +373,11 @@ class ExplanationDatabase:
 
 
 def open_explanations(
-    path: Path, *, fingerprint: str | None = None, subject: str | None = None
+    path: Path, *, fingerprint: str | None = None, subject: str | None = None, experts: bool = False
 ) -> ExplanationDatabase:
     """Open a database, or create one where `fingerprint` and `subject` of the store are given.
+
+    A new one is for a mixture of `experts`, or for another subject.
 
     Raises JaxplainError where there is none, or it is not jaxplain's, or belongs to another store.
     """
@@ -412,13 +390,14 @@ def open_explanations(
             if path.parent.is_dir() and not os.access(path.parent, os.W_OK):
                 raise JaxplainError(f"{path.parent} cannot be written to; name another folder as output.")
             connection = _connect(path)
-            _create(connection, fingerprint, subject)
+            _create(connection, fingerprint, subject, version=2 if experts else 1)
         else:
             connection = _connect_reader(path)
         version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version != _VERSION:
+        if version not in NEURON_COLUMNS:
             raise JaxplainError(
-                f"{path} is a database of version {version}, and this jaxplain reads version {_VERSION}."
+                f"{path} is a database of version {version}, and this jaxplain reads version 1, or 2 for "
+                "mixtures of experts."
             )
         kept = connection.execute("SELECT fingerprint, subject FROM store").fetchone()
     except sqlite3.Error as error:
@@ -430,7 +409,7 @@ def open_explanations(
         raise JaxplainError(
             f"{path} holds explanations of another store (of {kept[1]}); name another folder."
         )
-    return ExplanationDatabase(path, connection)
+    return ExplanationDatabase(path, connection, NEURON_COLUMNS[version])
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -447,24 +426,16 @@ def _connect_reader(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS, isolation_level=None)
 
 
-def _create(connection: sqlite3.Connection, fingerprint: str, subject: str) -> None:
+def _create(connection: sqlite3.Connection, fingerprint: str, subject: str, *, version: int) -> None:
     connection.execute("BEGIN IMMEDIATE")
     if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
-        for statement in statements(_SCHEMA):
-            connection.execute(statement)
+        create_tables(connection, version)
         connection.execute("INSERT INTO store VALUES (?, ?)", (fingerprint, subject))
-        connection.execute(f"PRAGMA user_version = {_VERSION}")
     connection.execute("COMMIT")
 
 
-def statements(script: str) -> Iterator[str]:
-    """The statements of a script, one by one."""
-    statement = ""
-    for line in script.strip().splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            yield statement
-            statement = ""
+def _insert(connection: sqlite3.Connection, statement: str, values: Sequence[Any]) -> None:
+    connection.execute(f"{statement} VALUES ({', '.join('?' * len(values))})", values)
 
 
 def _message_id(connection: sqlite3.Connection, role: str, content: str) -> int:

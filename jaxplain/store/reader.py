@@ -19,7 +19,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxplain.errors import JaxplainError
 from jaxplain.store import schema
@@ -30,6 +30,7 @@ from jaxplain.store.explanations import (
     open_explanations,
 )
 from jaxplain.store.files import Files, partial_name
+from jaxplain.store.neuron_id import NeuronId
 from jaxplain.store.scores import Score, read_scores
 
 if TYPE_CHECKING:
@@ -126,14 +127,27 @@ class Vocabulary:
 
 
 class Neuron:
-    """One neuron of one split."""
+    """One neuron of one split.
 
-    def __init__(self, split: "Split", layer: int, index: int, place: tuple[int, int]):
-        self.split, self.layer, self.index = split, layer, index
+    Attributes:
+        layer, index: Which one, both from 0.
+        expert: Of which of the layer's experts, where the subject is a mixture of experts; else None.
+    """
+
+    def __init__(self, split: "Split", neuron: NeuronId, place: tuple[int, ...]):
+        self.split, self.id = split, neuron
+        self.layer, self.expert, self.index = neuron.layer, neuron.expert, neuron.index
         self._place = place
 
     def __repr__(self) -> str:
-        return f"Neuron(layer={self.layer}, index={self.index}, split={self.split.name!r})"
+        expert = "" if self.expert is None else f"expert={self.expert}, "
+        return f"Neuron(layer={self.layer}, {expert}index={self.index}, split={self.split.name!r})"
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the neuron's expert reads every token; True where there are no experts."""
+        shared = self.split.shared
+        return shared is None or bool(shared[self._place[:2]])
 
     @functools.cached_property
     def stats(self) -> NeuronStatistics:
@@ -199,12 +213,12 @@ class Neuron:
         one, where that is not beside the store.
         """
         with self._database(path) as database:
-            return database.explanations(self.layer, self.index) if database else []
+            return database.explanations(self.layer, self.index, self.expert) if database else []
 
     def scores(self, path: str | Path | None = None) -> list[Score]:
         """The scores of the neuron's explanations, by sign, explanation and simulator; see `explanations`."""
         with self._database(path) as database:
-            return list(read_scores(database, self.layer, self.index)) if database else []
+            return list(read_scores(database, self.layer, self.index, self.expert)) if database else []
 
     @contextlib.contextmanager
     def _database(self, path: str | Path | None) -> Iterator[ExplanationDatabase | None]:
@@ -223,17 +237,26 @@ class Split:
 
     Attributes:
         layers: Layers that the store holds, ascending, int32 [L].
-        neurons: Neurons that it holds of each layer, ascending, int32 [F].
+        neurons: Neurons that it holds of each layer or expert, ascending, int32 [F].
+        experts: Experts that it holds of each layer, ascending, int32 [E]; None where the subject is no
+            mixture of experts.
+        shared: Which of them read every token, bool [L, E]; None as well.
     """
 
     def __init__(self, store: "Store", name: str):
         self.store, self.name = store, name
         self.layers, self.neurons = store._files.read(self._array("layer"), self._array("neuron"))
+        self.experts: Int[np.ndarray, "E"] | None = None
+        self.shared: Bool[np.ndarray, "L E"] | None = None
+        if self._array("stats/count").rank == 3:
+            self.experts, shared = store._files.read(self._array("expert"), self._array("shared"))
+            self.shared = shared.astype(bool)
 
     def __repr__(self) -> str:
+        experts = "" if self.experts is None else f"{len(self.experts)} experts x "
         return (
             f"Split({self.name!r}, {self.sequence_count} sequences, {len(self.layers)} layers x "
-            f"{len(self.neurons)} neurons, kinds {', '.join(self.kinds)})"
+            f"{experts}{len(self.neurons)} neurons, kinds {', '.join(self.kinds)})"
         )
 
     @property
@@ -251,10 +274,29 @@ class Split:
         """How many sequences were seen."""
         return self._array("sequences/token").shape[0]
 
-    def neuron(self, layer: int, index: int) -> Neuron:
-        """One neuron. Raises JaxplainError where the store does not hold it."""
+    def neuron(self, layer: int, index: int, *, expert: int | None = None) -> Neuron:
+        """One neuron, of an expert where the subject is a mixture of experts.
+
+        Raises JaxplainError where the store does not hold it, or an expert is missing or too much.
+        """
+        if self.experts is None and expert is not None:
+            raise JaxplainError(
+                f"expert {expert} is asked for, but the subject is no mixture of experts; leave it out."
+            )
+        if self.experts is not None and expert is None:
+            raise JaxplainError(
+                f"neuron {index} of layer {layer} is asked for without an expert, but the subject is a "
+                f"mixture of experts; give one from {self.experts[0]} to {self.experts[-1]}."
+            )
         place = []
-        for what, value, axis in (("layer", layer, self.layers), ("neuron", index, self.neurons)):
+        axes = (
+            ("layer", layer, self.layers),
+            ("expert", expert, self.experts),
+            ("neuron", index, self.neurons),
+        )
+        for what, value, axis in axes:
+            if value is None or axis is None:
+                continue
             at = int(np.searchsorted(axis, value))
             if at == len(axis) or axis[at] != value:
                 raise JaxplainError(
@@ -262,10 +304,25 @@ class Split:
                     f"{axis[0]} to {axis[-1]}."
                 )
             place.append(at)
-        neuron = Neuron(self, layer, index, (place[0], place[1]))
+        neuron = Neuron(self, NeuronId.of(layer, expert, index), tuple(place))
         if neuron.stats.count < 0:
-            raise JaxplainError(f"neuron {index} of layer {layer} was not among those extracted.")
+            of_expert = "" if expert is None else f"of expert {expert} "
+            raise JaxplainError(f"neuron {index} {of_expert}of layer {layer} was not among those extracted.")
         return neuron
+
+    def neuron_called(self, neuron: NeuronId) -> Neuron:
+        """The same by what the neuron is called."""
+        return self.neuron(neuron.layer, neuron.index, expert=neuron.expert)
+
+    def neurons_of(self, place: int) -> Iterator[tuple[NeuronId, tuple[int, ...]]]:
+        """What the neurons of a layer are called, and their places in `layer_arrays`, of all that it holds.
+
+        `place` is the layer's place on its axis.
+        """
+        (counts,) = self.layer_arrays(place, "stats/count")
+        for at in zip(*np.nonzero(counts >= 0), strict=True):
+            expert = None if self.experts is None else int(self.experts[at[0]])
+            yield NeuronId.of(int(self.layers[place]), expert, int(self.neurons[at[-1]])), at
 
     def sequences(self, rows: Int[np.ndarray, "N"]) -> dict[str, np.ndarray]:
         """Rows of the token table by number: `token` [N, T] (-1 is padding) and where each comes from."""
@@ -274,7 +331,10 @@ class Split:
         return dict(zip(names, self.store._files.read(*arrays), strict=True))
 
     def layer_arrays(self, place: int, *names: str) -> list[np.ndarray]:
-        """Whole-layer slices of arrays such as "max/score"; `place` is the layer's place on its axis."""
+        """Whole-layer slices of arrays such as "max/score"; `place` is the layer's place on its axis.
+
+        They begin with the axis of neurons, or with those of experts and neurons.
+        """
         return self.store._files.read(*(self._array(name)[place] for name in names))
 
     def to_xarray(self) -> "xarray.DataTree":
@@ -287,7 +347,7 @@ class Split:
     def _array(self, name: str) -> ts.TensorStore:
         return self.store._files.open_array(f"{self.name}/{name}")
 
-    def _read(self, names: Mapping[str, str], place: tuple[int, int]) -> dict[str, np.ndarray]:
+    def _read(self, names: Mapping[str, str], place: tuple[int, ...]) -> dict[str, np.ndarray]:
         values = self.store._files.read(*(self._array(name)[place] for name in names.values()))
         return dict(zip(names, values, strict=True))
 

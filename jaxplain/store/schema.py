@@ -9,6 +9,18 @@
 <split>/stats/{count,mean,variance,skewness,kurtosis,fraction_active,quantile}
 <split>/quantile                         coordinate: the levels of stats/quantile
 
+Where the subject is a mixture of experts, a neuron is one of an expert, and all arrays of neurons have an
+axis `expert` before that of neurons:
+
+<split>/expert                           coordinate: which experts the axis stands for
+<split>/shared                           1 where an expert of a layer reads every token, and 0 where it reads
+                                         the tokens that are routed to it, or there is none
+
+Experts are numbered from 0; a shared expert has the number after the last one that tokens are routed to. A
+layer with a plain MLP has that as its only expert, 0. The axes are as long as the most experts and the widest
+expert need; neurons that do not exist are like those that were not asked for. A token that is not routed to
+an expert does not count for its neurons.
+
 Chunks hold whole neurons, so that one neuron is one read; shards keep the number of files low.
 """
 
@@ -101,8 +113,16 @@ def sequence_arrays(*, sequences: int, tokens: int) -> dict[str, ArraySpec]:
     return {"token": spec("int32", tokens)} | {name: spec(d) for name, d in provenance.items()}
 
 
+def shared_array(*, layers: int, experts: int) -> ArraySpec:
+    """Which experts of which layers read every token."""
+    shape = (layers, experts)
+    return ArraySpec(
+        dimensions=("layer", "expert"), shape=shape, dtype="uint8", fill=0, chunk=shape, shard=shape
+    )
+
+
 def kind_arrays(
-    *, layers: int, neurons: int, k: int, tokens: int, activation_dtype: str
+    *, layers: int, neurons: int, k: int, tokens: int, activation_dtype: str, experts: int | None = None
 ) -> dict[str, ArraySpec]:
     """Exemplars of one kind. Empty ranks have sequence -1 and NaN elsewhere.
 
@@ -112,60 +132,69 @@ def kind_arrays(
     # One neuron's activations are a chunk; 64 MiB or so, and at most a layer, are a shard.
     bytes_per_neuron = k * tokens * (2 if activation_dtype == "float16" else 4)
     per_shard = max(1, min(neurons, 2**26 // bytes_per_neuron))
+    axis, one, all_experts = _expert_axis(experts)
+    whole_experts = (max(1, min(experts, 2**26 // (bytes_per_neuron * neurons))),) if experts else ()
 
     def ranked(dtype: str, fill: int | str) -> ArraySpec:
-        chunk = (1, min(neurons, _NEURONS_PER_CHUNK), k)
-        shard = (1, math.ceil(neurons / chunk[1]) * chunk[1], k)
+        per_chunk = min(neurons, _NEURONS_PER_CHUNK)
         return ArraySpec(
-            dimensions=("layer", "neuron", "rank"),
-            shape=(layers, neurons, k),
+            dimensions=("layer", *axis, "neuron", "rank"),
+            shape=(layers, *all_experts, neurons, k),
             dtype=dtype,
             fill=fill,
-            chunk=chunk,
-            shard=shard,
+            chunk=(1, *one, per_chunk, k),
+            shard=(1, *all_experts, math.ceil(neurons / per_chunk) * per_chunk, k),
         )
 
     return {
         "score": ranked("float32", "NaN"),
         "sequence": ranked("int32", -1),
         "activation": ArraySpec(
-            dimensions=("layer", "neuron", "rank", "token"),
-            shape=(layers, neurons, k, tokens),
+            dimensions=("layer", *axis, "neuron", "rank", "token"),
+            shape=(layers, *all_experts, neurons, k, tokens),
             dtype=activation_dtype,
             fill="NaN",
-            chunk=(1, 1, k, tokens),
-            shard=(1, per_shard, k, tokens),
+            chunk=(1, *one, 1, k, tokens),
+            shard=(1, *whole_experts, per_shard, k, tokens),
         ),
     }
 
 
-def statistics_arrays(*, layers: int, neurons: int, quantiles: int) -> dict[str, ArraySpec]:
+def _expert_axis(experts: int | None) -> tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]:
+    """The name of the axis, and the lengths of one expert and of all; nothing where there are none."""
+    return ((), (), ()) if experts is None else (("expert",), (1,), (experts,))
+
+
+def statistics_arrays(
+    *, layers: int, neurons: int, quantiles: int, experts: int | None = None
+) -> dict[str, ArraySpec]:
     """Statistics over all tokens that count; `count` is -1 where a neuron was not asked for.
 
     `kurtosis` is not the excess: a Gaussian has 3. It and `skewness` are NaN where nothing varies.
     """
+    axis, one, all_experts = _expert_axis(experts)
 
     def spec(dtype: str, fill: int | str) -> ArraySpec:
-        shape = (layers, neurons)
+        shape = (layers, *all_experts, neurons)
         return ArraySpec(
-            dimensions=("layer", "neuron"),
+            dimensions=("layer", *axis, "neuron"),
             shape=shape,
             dtype=dtype,
             fill=fill,
-            chunk=(1, neurons),
+            chunk=(1, *one, neurons),
             shard=shape,
         )
 
     single = {name: spec("int64", -1) if name == "count" else spec("float32", "NaN") for name in STATISTICS}
     if not quantiles:
         return single
-    chunk = (1, min(neurons, _NEURONS_PER_CHUNK), quantiles)
+    per_chunk = min(neurons, _NEURONS_PER_CHUNK)
     several = ArraySpec(
-        dimensions=("layer", "neuron", QUANTILE),
-        shape=(layers, neurons, quantiles),
+        dimensions=("layer", *axis, "neuron", QUANTILE),
+        shape=(layers, *all_experts, neurons, quantiles),
         dtype="float32",
         fill="NaN",
-        chunk=chunk,
-        shard=(1, math.ceil(neurons / chunk[1]) * chunk[1], quantiles),
+        chunk=(1, *one, per_chunk, quantiles),
+        shard=(1, *all_experts, math.ceil(neurons / per_chunk) * per_chunk, quantiles),
     )
     return single | {QUANTILE: several}

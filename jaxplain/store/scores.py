@@ -21,7 +21,8 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxplain.errors import JaxplainError, first_line
-from jaxplain.store.explanations import ExplanationDatabase, statements
+from jaxplain.store.explanation_tables import statements
+from jaxplain.store.explanations import ExplanationDatabase
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS simulators (
@@ -171,17 +172,21 @@ class ScoreDatabase:
 
 
 def read_scores(
-    database: ExplanationDatabase, layer: int | None = None, index: int | None = None
+    database: ExplanationDatabase,
+    layer: int | None = None,
+    index: int | None = None,
+    expert: int | None = None,
 ) -> Iterator[Score]:
     """All scores in a database, or those of a neuron; none where nothing was scored yet."""
+    where, values = database.where_neuron(layer, index, expert)
     try:
         rows = database.connection.execute(
             "SELECT explanation, sign, name, split, scores.sequences, metric, calibration, "
             "value, reason, low, high "
             "FROM scores JOIN samples ON samples.id = explanation "
-            "WHERE (:layer IS NULL OR layer = :layer) AND (:index IS NULL OR neuron = :index) "
-            "ORDER BY layer, neuron, sign, explanation, name, split, scores.sequences, metric, calibration",
-            {"layer": layer, "index": index},
+            f"WHERE {where} ORDER BY {', '.join(database.neuron_columns)}, "
+            "sign, explanation, name, split, scores.sequences, metric, calibration",
+            values,
         )
     except sqlite3.OperationalError as error:
         if "no such table" in str(error):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxplain.store import schema
 from jaxplain.store.files import Files, partial_name
@@ -81,15 +81,29 @@ class StoreWriter:
         tokens: int,
         activation_dtype: str,
         quantiles: Sequence[float] = (),
+        experts: Int[np.ndarray, "E"] | None = None,
+        shared: Bool[np.ndarray, "L E"] | None = None,
     ) -> "SplitWriter":
-        """Make the split's empty arrays for exemplars and statistics."""
-        axes = {"layer": np.asarray(layers, np.int32), "neuron": np.asarray(neurons, np.int32)}
+        """Make the split's empty arrays for exemplars and statistics.
+
+        `experts` and `shared` are of a mixture of experts, see `schema`.
+        """
+        axes: dict[str, np.ndarray] = {
+            "layer": np.asarray(layers, np.int32),
+            "neuron": np.asarray(neurons, np.int32),
+        }
         if len(quantiles):
             axes[schema.QUANTILE] = np.asarray(quantiles, np.float64)
         for name, values in axes.items():
             spec = schema.vector(name, len(values), str(values.dtype))
             self._files.write((self._files.create_array(f"{split}/{name}", spec), values))
         sizes = {"layers": len(layers), "neurons": len(neurons)}
+        if experts is not None and shared is not None:
+            sizes["experts"] = len(experts)
+            spec = schema.vector("expert", len(experts), "int32")
+            self._files.write((self._files.create_array(f"{split}/expert", spec), experts.astype(np.int32)))
+            spec = schema.shared_array(layers=len(layers), experts=len(experts))
+            self._files.write((self._files.create_array(f"{split}/shared", spec), shared.astype(np.uint8)))
         groups = {"stats": schema.statistics_arrays(**sizes, quantiles=len(quantiles))}
         for kind in kinds:
             groups[kind] = schema.kind_arrays(**sizes, k=k, tokens=tokens, activation_dtype=activation_dtype)
@@ -130,21 +144,30 @@ class SplitWriter:
         sequence_NR: Int[np.ndarray, "N R"],
         activation_NRT: Float[np.ndarray, "N R T"],
     ) -> None:
-        """Write one layer's exemplars of one kind; `layer` and `columns` are places on the axes."""
+        """Write one layer's exemplars of one kind; `layer` and `columns` are places on the axes.
+
+        Of a mixture of experts, `columns` are places on the axes of experts and neurons, flattened.
+        """
         values = {"score": score_NR, "sequence": sequence_NR, "activation": activation_NRT}
         self._files.write(
-            *((self._arrays[f"{kind}/{name}"][layer, columns], array) for name, array in values.items())
+            *((self._neurons(f"{kind}/{name}", layer, columns), array) for name, array in values.items())
         )
 
     def write_statistics(self, layer: int, columns: Int[np.ndarray, "N"], **values_N: np.ndarray) -> None:
         """Write one layer's statistics, by the names in `schema.STATISTICS` and `schema.QUANTILE`."""
-        arrays = {name: self._arrays[f"stats/{name}"] for name in values_N if f"stats/{name}" in self._arrays}
+        arrays = {
+            name: self._neurons(f"stats/{name}", layer, columns)
+            for name in values_N
+            if f"stats/{name}" in self._arrays
+        }
         self._files.write(
-            *(
-                (array[layer, columns], values_N[name].astype(array.dtype.numpy_dtype))
-                for name, array in arrays.items()
-            )
+            *((array, values_N[name].astype(array.dtype.numpy_dtype)) for name, array in arrays.items())
         )
+
+    def _neurons(self, name: str, layer: int, columns: np.ndarray) -> ts.TensorStore:
+        """An array at some neurons."""
+        axes = self._arrays["stats/count"].shape[1:]
+        return self._arrays[name][(layer, *np.unravel_index(columns, axes))]
 
 
 def blocks_of(rows: Iterable[SequenceBlock], size: int) -> Iterator[SequenceBlock]:

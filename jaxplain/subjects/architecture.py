@@ -2,7 +2,8 @@
 
 Axis letters, used as suffixes of array and parameter names throughout the package:
 B batch, T token, D model width, F neuron, H query head, K key/value head, C head width,
-L layer, R rank, V vocabulary, P data shard, N row of a table of positions.
+L layer, R rank, V vocabulary, P data shard, N row of a table of positions, E expert,
+I neuron of an expert that tokens are routed to, J neuron of the shared expert.
 """
 
 import dataclasses
@@ -47,6 +48,14 @@ class Architecture:
     """A decoder's dimensions and variants. `layers` counts the whole checkpoint's layers.
 
     Attributes:
+        neurons: Of a plain MLP.
+        experts: Experts that tokens are routed to, in layers that are mixtures; 0 where none is.
+        experts_per_token: How many of them read a token.
+        expert_neurons: Of each of them.
+        shared_neurons: Of the expert that reads every token; 0 where there is none.
+        routing_sums_to_one: Whether a token's experts are weighted by their chances among themselves, rather
+            than among all.
+        dense_layers: Which layers have a plain MLP instead, one entry per layer; None where none has.
         rotary: None where positions are not rotated.
         position_rows: Rows of the table of learned positions; None where there is no table.
         position_offset: The row of the first position.
@@ -72,6 +81,12 @@ class Architecture:
     key_value_heads: int
     head_width: int
     max_positions: int
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_neurons: int = 0
+    shared_neurons: int = 0
+    routing_sums_to_one: bool = False
+    dense_layers: tuple[bool, ...] | None = None
     activation: Activation = "silu"
     gated: bool = True
     residual: Residual = "sequential"
@@ -109,10 +124,22 @@ class Architecture:
         """A layer's rotation."""
         return self.local_rotary if self.local_rotary and self.is_local(layer) else self.rotary
 
+    def routed_experts(self, layer: int) -> int:
+        """How many experts of a layer read only the tokens that are routed to them; 0 for a plain MLP."""
+        return 0 if self.dense_layers and self.dense_layers[layer] else self.experts
+
+    def expert_widths(self, layer: int) -> tuple[int, ...]:
+        """The neurons of each of a layer's experts, the shared one last. A plain MLP is one expert."""
+        if not self.routed_experts(layer):
+            return (self.neurons,)
+        shared = (self.shared_neurons,) if self.shared_neurons else ()
+        return (self.expert_neurons,) * self.experts + shared
+
     def with_first_layers(self, layers: int) -> "Architecture":
         """The architecture of the first layers alone."""
         local = self.local_layers and self.local_layers[:layers]
-        return dataclasses.replace(self, layers=layers, local_layers=local)
+        dense = self.dense_layers and self.dense_layers[:layers]
+        return dataclasses.replace(self, layers=layers, local_layers=local, dense_layers=dense)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -126,4 +153,6 @@ class Architecture:
             "G": self.query_heads // self.key_value_heads,
             "C": self.head_width,
         }
+        if self.experts:
+            sizes |= {"E": self.experts, "I": self.expert_neurons, "J": self.shared_neurons}
         return sizes if self.position_rows is None else sizes | {"N": self.position_rows}

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxplain.subjects.architecture import Architecture, Rotary
 from jaxplain.subjects.attention_layer import Attention, RotaryTables
+from jaxplain.subjects.mixture import Mixture
 from jaxplain.subjects.mlp import MLP
 from jaxplain.subjects.norms import Norm, stream_norm
 from jaxplain.subjects.parameters import random_parameter
@@ -59,7 +60,7 @@ class Block(nnx.Module):
         self.attention = Attention(arch, layer, rngs, dtype)
         self.attention_post_norm = norm(arch.post_norms)
         self.mlp_norm = norm(arch.pre_norms and arch.residual != "parallel_one_norm")
-        self.mlp = MLP(arch, rngs, dtype)
+        self.mlp = (Mixture if arch.routed_experts(layer) else MLP)(arch, rngs, dtype)
         self.mlp_post_norm = norm(arch.post_norms)
 
     def __call__(self, x_BTD: Float[Array, "B T D"], rotary_TC: RotaryTables) -> Float[Array, "B T D"]:

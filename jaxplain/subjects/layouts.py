@@ -14,6 +14,11 @@ _Factors = list[tuple[str, ...]]
 """What an axis has flattened: for each of these, the letters that lie one after the other along it."""
 
 
+def axes_of(weight: Weight) -> str:
+    """The letters of the parameter's axes."""
+    return weight.target.rsplit("_", 1)[1]
+
+
 def source_shape(weight: Weight, arch: Architecture) -> tuple[int, ...]:
     """The shape of the whole tensor in the checkpoint."""
     return tuple(
@@ -89,8 +94,9 @@ def _part(terms: tuple[str, ...], weight: Weight) -> int:
 
 
 def _letters(weight: Weight) -> str:
-    """The parameter's axes."""
-    return weight.target.rsplit("_", 1)[1]
+    """The parameter's axes, without that of experts where the tensor is of one expert."""
+    letters = axes_of(weight)
+    return letters if weight.expert is None else letters.replace("E", "")
 
 
 def _owner(letter: str, letters: str) -> str:

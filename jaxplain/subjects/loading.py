@@ -9,7 +9,7 @@ import dataclasses
 import fnmatch
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,12 @@ from jaxplain.subjects.architecture import Architecture
 from jaxplain.subjects.decoder import Decoder
 from jaxplain.subjects.families import Family, Weight
 from jaxplain.subjects.gguf import gguf_tensors, is_gguf, open_gguf
-from jaxplain.subjects.layouts import read_parameter, source_shape
+from jaxplain.subjects.layouts import axes_of, read_parameter, source_shape
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-_MODEL_AXES = "FHKV"
-"""Parameter axes that are spread over the mesh's `model` axis, where they divide by it."""
+_MODEL_AXES = "FHKVEIJ"
+"""Parameter axes of which the first that divides by the mesh's `model` axis is spread over it."""
 
 
 def load_decoder(
@@ -56,8 +56,8 @@ def load_decoder(
     with _open_checkpoint(folder, family) as checkpoint:
         plan = _match(checkpoint, family, arch, parameters)
         loaded = {
-            target: _load(checkpoint[weight.source], weight, arch, parameters[target].shape, mesh, dtype)
-            for target, weight in plan.items()
+            target: _load(checkpoint, weights, arch, parameters[target].shape, mesh, dtype)
+            for target, weights in plan.items()
         }
     for target, variable in parameters.items():
         variable.set_value(loaded[target])
@@ -142,9 +142,11 @@ def _current_name(name: str, family: Family) -> str:
 
 def _match(
     checkpoint: _Checkpoint, family: Family, arch: Architecture, parameters: dict[str, Any]
-) -> dict[str, Weight]:
-    """Which tensor fills which parameter, with every name accounted for."""
-    known = list(weights_of(family, arch))
+) -> dict[str, list[Weight]]:
+    """Which tensor, or one for each expert, fills which parameter, with every name accounted for."""
+    other = [weight for weight in _spelt_out(family.other_weights, arch) if weight.source in checkpoint]
+    replaced = {weight.target for weight in other}
+    known = other + [weight for weight in weights_of(family, arch) if weight.target not in replaced]
     sources = {weight.source for weight in known}
     for name in checkpoint:
         ignored = any(fnmatch.fnmatch(name, pattern) for pattern in family.ignored_tensors)
@@ -153,54 +155,84 @@ def _match(
                 f"the checkpoint holds a tensor {name} that the model has no place for; "
                 "its config.json does not describe these weights."
             )
-    by_target = {weight.target: weight for weight in known}
+    by_target: dict[str, list[Weight]] = {}
+    for weight in known:
+        by_target.setdefault(weight.target, []).append(weight)
     for target in parameters:
         if target not in by_target:
             raise ValueError(f"no tensor of the family's checkpoints holds the parameter {target}")
-        if by_target[target].source not in checkpoint:
-            raise JaxplainError(
-                f"the checkpoint lacks the tensor {by_target[target].source}; "
-                "its config.json does not describe these weights, or a file is missing."
-            )
+        for weight in by_target[target]:
+            if weight.source not in checkpoint:
+                raise JaxplainError(
+                    f"the checkpoint lacks the tensor {weight.source}; "
+                    "its config.json does not describe these weights, or a file is missing."
+                )
     # What is left belongs to layers or a head that this decoder was built without, or is a tied
-    # unembedding. Biases that the config denies are refused, since they would change the result.
+    # unembedding. Biases that the config denies are refused, since they would change the result, and so are
+    # experts in a layer that should have none.
+    built = {_layer_of(target) for target in parameters}
     for weight in known:
         unused = weight.source in checkpoint and weight.target not in parameters
-        if unused and weight.target.startswith("layers."):
-            layer = int(weight.target.split(".")[1])
-            if f"layers.{layer}.mlp.down_FD" in parameters:
-                raise JaxplainError(
-                    f"the checkpoint holds a tensor {weight.source} that the model has no place "
-                    "for; its config.json does not describe these weights."
-                )
+        if unused and weight.target.startswith("layers.") and _layer_of(weight.target) in built:
+            raise JaxplainError(
+                f"the checkpoint holds a tensor {weight.source} that the model has no place "
+                "for; its config.json does not describe these weights."
+            )
     return {target: by_target[target] for target in parameters}
 
 
+def _layer_of(target: str) -> str:
+    """`layers` and the number, of a parameter of a layer."""
+    return ".".join(target.split(".")[:2])
+
+
 def weights_of(family: Family, arch: Architecture) -> Iterator[Weight]:
-    """The family's table of tensors for an architecture, with an entry for each layer."""
-    for weight in family.weights:
+    """The family's table of tensors for an architecture, with an entry for each layer and expert."""
+    return _spelt_out(family.weights, arch)
+
+
+def _spelt_out(table: Iterable[Weight], arch: Architecture) -> Iterator[Weight]:
+    for weight in table:
         if weight.when is not None and getattr(arch, weight.when[0]) != weight.when[1]:
             continue
+        experts = range(arch.experts) if "{expert}" in weight.source else [None]
         for layer in range(arch.layers) if "{layer}" in weight.target else [0]:
-            yield dataclasses.replace(
-                weight,
-                source=weight.source.format(layer=layer),
-                target=weight.target.format(layer=layer),
-            )
+            for expert in experts:
+                yield dataclasses.replace(
+                    weight,
+                    source=weight.source.format(layer=layer, expert=expert),
+                    target=weight.target.format(layer=layer),
+                    expert=expert,
+                )
 
 
 def _load(
-    tensor: Any, weight: Weight, arch: Architecture, shape: tuple[int, ...], mesh: Mesh, dtype: jnp.dtype
+    checkpoint: _Checkpoint,
+    weights: Sequence[Weight],
+    arch: Architecture,
+    shape: tuple[int, ...],
+    mesh: Mesh,
+    dtype: jnp.dtype,
 ) -> jax.Array:
-    expected, found = source_shape(weight, arch), tuple(tensor.get_shape())
-    if found != expected:
-        raise JaxplainError(
-            f"the checkpoint's tensor {weight.source} has shape {found} where the config asks for "
-            f"{expected}; its config.json does not describe these weights."
-        )
+    """A parameter from its tensor, or from the tensors of its experts in their order."""
+    for weight in weights:
+        expected, found = source_shape(weight, arch), tuple(checkpoint[weight.source].get_shape())
+        if found != expected:
+            raise JaxplainError(
+                f"the checkpoint's tensor {weight.source} has shape {found} where the config asks for "
+                f"{expected}; its config.json does not describe these weights."
+            )
+
+    def read_tensor(weight: Weight, index: Sequence[slice]) -> np.ndarray:
+        return read_parameter(checkpoint[weight.source], weight, arch, index).astype(dtype)
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        return read_parameter(tensor, weight, arch, index or ()).astype(dtype)
+        index = index or ()
+        if weights[0].expert is None:
+            return read_tensor(weights[0], index)
+        axis = axes_of(weights[0]).index("E")
+        others = [*index[:axis], *index[axis + 1 :]]
+        return np.stack([read_tensor(weight, others) for weight in weights[index[axis]]], axis)
 
-    name = weight.target.rsplit(".", 1)[-1]
+    name = weights[0].target.rsplit(".", 1)[-1]
     return jax.make_array_from_callback(shape, NamedSharding(mesh, partition(name, shape, mesh)), read)

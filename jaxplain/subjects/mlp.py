@@ -14,7 +14,7 @@ from jaxplain.subjects.parameters import random_parameter
 from jaxplain.subjects.products import project
 
 MLP_ACTIVATION = "mlp_activation"
-"""The site whose features are neurons: the input of the MLP's down projection, [B, T, F]."""
+"""The site whose features are neurons: the input of the down projection, [B, T, F] or `mixture.Routed`."""
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -32,7 +32,13 @@ class Sown(nnx.Variable[Any]):
     """
 
 
-def _fold(accumulator: Any, activations: Array) -> Any:
+def sow_activations(layer: nnx.Module, activations: Any) -> None:
+    """Sow a layer's activations, if someone captures them."""
+    if hasattr(layer, "__captures__"):  # Flax warns of a sow that `nnx.capture` does not surround
+        layer.sow(Sown, MLP_ACTIVATION, activations, reduce_fn=_fold, init_fn=tuple)
+
+
+def _fold(accumulator: Any, activations: Any) -> Any:
     if hasattr(accumulator, "fold"):
         return accumulator.fold(activations)
     return (*accumulator, activations)
@@ -68,7 +74,6 @@ class MLP(nnx.Module):
             acts_BTF = activation(gate_BTF) * up_BTF
         else:
             acts_BTF = activation(up_BTF)
-        if hasattr(self, "__captures__"):  # Flax warns of a sow that `nnx.capture` does not surround
-            self.sow(Sown, MLP_ACTIVATION, acts_BTF, reduce_fn=_fold, init_fn=tuple)
+        sow_activations(self, acts_BTF)
         out_BTD = project(acts_BTF, self.down_FD[...])
         return out_BTD + self.down_bias_D[...][None, None] if self.has_bias else out_BTD

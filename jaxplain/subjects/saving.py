@@ -24,7 +24,7 @@ from jaxplain.errors import JaxplainError, first_line
 from jaxplain.subjects.architecture import Architecture
 from jaxplain.subjects.decoder import Decoder
 from jaxplain.subjects.families import Family, Weight
-from jaxplain.subjects.layouts import source_shape, write_parameter
+from jaxplain.subjects.layouts import axes_of, source_shape, write_parameter
 from jaxplain.subjects.loading import weights_of
 from jaxplain.subjects.subject import Subject, read_config
 
@@ -75,8 +75,8 @@ def save_decoder(
             _write_weights(tensors, arch, partial, dtype, max_file_bytes)
     else:
         for parts in tensors.values():
-            for _, array in parts:
-                _on_host(array)
+            for weight, array in parts:
+                _on_host(_tensors_part(weight, array))
     multihost_utils.sync_global_devices(f"saved {folder}")
 
 
@@ -191,8 +191,16 @@ def _as_source(parts: Sequence[tuple[Weight, jax.Array]], arch: Architecture, dt
     """The checkpoint's tensor that holds these parameters."""
     tensor = np.empty(source_shape(parts[0][0], arch), jnp.dtype(dtype))
     for weight, array in parts:
-        write_parameter(tensor, weight, arch, _on_host(array))
+        write_parameter(tensor, weight, arch, _on_host(_tensors_part(weight, array)))
     return tensor
+
+
+def _tensors_part(weight: Weight, array: jax.Array) -> jax.Array:
+    """What a tensor holds of a parameter: all, or one expert's part."""
+    if weight.expert is None:
+        return array
+    # By a number that is no constant, or every expert would be another program.
+    return jax.lax.dynamic_index_in_dim(array, weight.expert, axes_of(weight).index("E"), keepdims=False)
 
 
 def _on_host(array: jax.Array) -> np.ndarray:

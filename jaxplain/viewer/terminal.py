@@ -10,6 +10,7 @@ from rich.text import Text
 
 from jaxplain.errors import JaxplainError
 from jaxplain.store.explanations import Explanation
+from jaxplain.store.neuron_id import NeuronId, neuron_of
 from jaxplain.store.reader import Exemplar, Neuron, Store
 
 _BACKGROUNDS = {
@@ -22,9 +23,10 @@ _TOKENS_BEFORE_PEAK, _TOKENS_AFTER_PEAK = 12, 6
 def print_neuron(neuron: Neuron, console: Console, *, kind: str = "max", limit: int = 5) -> None:
     """A neuron's statistics and its strongest excerpts of a kind."""
     stats = neuron.stats
+    shared = "reads every token; " if neuron.expert is not None and neuron.is_shared else ""
     console.print(
-        f"[bold]layer {neuron.layer}, neuron {neuron.index}[/bold] "
-        f"[dim]{neuron.split.name}, {kind}; over {stats.count:,} tokens: mean {stats.mean:.3f}, "
+        f"[bold]{neuron.id}[/bold] "
+        f"[dim]{shared}{neuron.split.name}, {kind}; over {stats.count:,} tokens: mean {stats.mean:.3f}, "
         f"deviation {stats.variance**0.5:.3f}, above zero {stats.fraction_active:.1%}[/dim]",
         highlight=False,
         soft_wrap=True,
@@ -45,8 +47,7 @@ def print_sample(store: Store, console: Console, *, neurons: int = 3, limit: int
     layers = np.unique(np.linspace(0, len(split.layers) - 1, neurons + 2)[1:-1].round().astype(int))
     shown = []
     for place in layers:
-        column = _most_peaked(store, split.name, kind, int(place))
-        neuron = split.neuron(int(split.layers[place]), int(split.neurons[column]))
+        neuron = split.neuron_called(_most_peaked(store, split.name, kind, int(place)))
         print_neuron(neuron, console, kind=kind, limit=limit)
         console.print()
         shown.append(neuron)
@@ -57,21 +58,22 @@ def print_explanations(explanations: Sequence[Explanation], console: Console) ->
     """Explanations, a line each."""
     arrows = {"max": "+", "min": "-"}
     for explanation in explanations:
-        text = Text().append(f"  layer {explanation.layer}, neuron {explanation.index} ", "bold")
+        text = Text().append(f"  {neuron_of(explanation)} ", "bold")
         text.append(f"{arrows[explanation.sign]} ").append(_visible(explanation.text))
         console.print(text, soft_wrap=True, highlight=False)
 
 
-def _most_peaked(store: Store, split: str, kind: str, place: int) -> int:
-    scores_FR, mean_F, variance_F = store[split].layer_arrays(
-        place, f"{kind}/score", "stats/mean", "stats/variance"
-    )
+def _most_peaked(store: Store, split: str, kind: str, place: int) -> NeuronId:
+    arrays = store[split].layer_arrays(place, f"{kind}/score", "stats/mean", "stats/variance")
+    neurons, places = zip(*store[split].neurons_of(place), strict=True)
+    at = tuple(np.transpose(places))
+    scores_FR, mean_F, variance_F = (array[at] for array in arrays)
     # A single sequence may be a fluke; the tenth best is not.
     filled_F = np.isfinite(scores_FR).sum(axis=1)
     score_F = scores_FR[np.arange(len(scores_FR)), np.clip(filled_F - 1, 0, 9)]
     with np.errstate(invalid="ignore", divide="ignore"):
         heights_F = np.abs(score_F - mean_F) / np.sqrt(variance_F)
-    return int(np.argmax(np.where(np.isfinite(heights_F), heights_F, -1)))
+    return neurons[int(np.argmax(np.where(np.isfinite(heights_F), heights_F, -1)))]
 
 
 def _excerpt(exemplar: Exemplar, kind: str, *, marked: bool) -> Text:

@@ -54,8 +54,11 @@ ALL_KINDS = [
 ]
 
 
-def write_neurons(path, count):
-    """Neurons of layer 0; the n-th fires on " up" and is driven down by " down", in a text that names it."""
+def write_neurons(path, count, *, experts=None):
+    """Neurons of layer 0; the n-th fires on " up" and is driven down by " down", in a text that names it.
+
+    With `experts`, those of one follow those of another.
+    """
     writer = StoreWriter(
         path,
         {
@@ -74,11 +77,13 @@ def write_neurons(path, count):
     split = writer.create_split(
         "train",
         layers=np.array([0]),
-        neurons=nth,
+        neurons=nth[: count // (experts or 1)],
         kinds=["max", "min"],
         k=1,
         tokens=3,
         activation_dtype="float32",
+        experts=None if experts is None else np.arange(experts),
+        shared=None if experts is None else np.zeros((1, experts), bool),
     )
     activation = np.tile(np.array([0.0, 2.0, -2.0], np.float32), (count, 1, 1))
     for kind, score in (("max", 2.0), ("min", -2.0)):

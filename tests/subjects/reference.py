@@ -42,22 +42,36 @@ def torch_model(folder, *, double=False):
 
 
 def torch_activations(folder, tokens_BT, *, double=False):
-    """MLP activations of every layer [L, B, T, F] and logits [B, T, V], computed in float32 or float64."""
+    """MLP activations of every layer [L, B, T, F] and logits [B, T, V], computed in float32 or float64.
+
+    Experts' neurons follow one another, and are NaN at tokens that the expert does not read, as is what other
+    layers have more of.
+    """
     import torch
+
+    from tests.subjects.torch_experts import watch_experts
 
     model = torch_model(folder, double=double)
     found = []
 
-    def keep(module, inputs):
-        found.append(inputs[0].numpy().reshape((*tokens_BT.shape, -1)))
+    def keep(acts):
+        found.append(acts.reshape((*tokens_BT.shape, -1)))
 
     for name, module in model.named_modules():
         if DOWN_PROJECTION.search(name):
-            module.register_forward_pre_hook(keep)
+            module.register_forward_pre_hook(lambda module, inputs: keep(inputs[0].numpy()))
+    watch_experts(model, keep)
     with torch.no_grad():
         logits = model(torch.as_tensor(tokens_BT)).logits.numpy()
     assert len(found) == model.config.num_hidden_layers
-    return np.stack(found), logits
+    return stacked(found), logits
+
+
+def stacked(layers):
+    """Activations [B, T, F] of layers that may have more or fewer neurons, as one array with NaN for none."""
+    widest = max(acts_BTF.shape[2] for acts_BTF in layers)
+    gaps = [((0, 0), (0, 0), (0, widest - acts_BTF.shape[2])) for acts_BTF in layers]
+    return np.stack([np.pad(x, gap, constant_values=np.nan) for x, gap in zip(layers, gaps, strict=True)])
 
 
 def torch_greedy(folder, prompts, count):

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from jaxplain.configs.extraction import SubjectConfig
+from jaxplain.subjects.mixture import Routed
 from jaxplain.subjects.mlp import MLP_ACTIVATION, Sown
 from jaxplain.subjects.subject import open_subject
 from tests import tiny
@@ -24,7 +25,7 @@ def make_mesh(data=1, model=1):
 
 
 def sown_activations(folder, tokens_BT, mesh, dtype="float32"):
-    """Activations of every layer [L, B, T, F], and logits, by our decoder."""
+    """Activations of every layer [L, B, T, F], and logits, by our decoder; NaN as in the reference."""
     subject = open_subject(SubjectConfig(id=str(folder), dtype=dtype))
     model = subject.load(mesh, with_head=True)
     graph, weights = nnx.split(model)
@@ -36,14 +37,27 @@ def sown_activations(folder, tokens_BT, mesh, dtype="float32"):
         return logits, [sown["layers"][i]["mlp"][MLP_ACTIVATION].get_value()[0] for i in layers]
 
     logits, acts = forward(weights, jnp.asarray(tokens_BT, jnp.int32))
-    return np.stack([np.asarray(a, np.float32) for a in acts]), np.asarray(logits, np.float32)
+    found = [
+        with_gaps(a, subject.arch.expert_widths(layer))
+        if isinstance(a, Routed)
+        else np.asarray(a, np.float32)
+        for layer, a in enumerate(acts)
+    ]
+    return reference.stacked(found), np.asarray(logits, np.float32)
+
+
+def with_gaps(sown, widths):
+    """Neurons of experts, NaN where the expert does not read the token."""
+    routed_BTF = np.repeat(np.asarray(sown.routed_BTE), widths, axis=2)
+    return np.where(routed_BTF, np.asarray(sown.acts_BTF, np.float32), np.nan)
 
 
 def assert_close_in_every_layer(found_LBTF, expected_LBTF, largest_L=None, tolerance=1e-4):
-    """Within a share of the layer's largest absolute activation."""
+    """Within a share of the layer's largest absolute activation; NaN where the other is."""
     if largest_L is None:
-        largest_L = np.abs(expected_LBTF).max((1, 2, 3))
-    errors_L = np.abs(found_LBTF - expected_LBTF).max((1, 2, 3)) / largest_L
+        largest_L = np.nanmax(np.abs(expected_LBTF), (1, 2, 3))
+    np.testing.assert_array_equal(np.isnan(found_LBTF), np.isnan(expected_LBTF))
+    errors_L = np.nanmax(np.abs(found_LBTF - expected_LBTF), (1, 2, 3)) / largest_L
     assert (errors_L < tolerance).all(), errors_L
 
 

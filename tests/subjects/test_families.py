@@ -92,6 +92,20 @@ PUBLISHED = {
         6_921_720_704,
         {"model_type": "falcon", "apply_residual_connection_post_layernorm": False},
     ),
+    "Mixtral-8x7B-v0.1": (
+        46_702_792_704,
+        {"model_type": "mixtral", "router_aux_loss_coef": 0.02, "output_router_logits": False},
+    ),
+    "Qwen1.5-MoE-A2.7B": (
+        14_315_784_192,
+        {"model_type": "qwen2_moe", "max_window_layers": 21, "use_sliding_window": False}
+        | {"sliding_window": 32768, "norm_topk_prob": False, "decoder_sparse_step": 1},
+    ),
+    "Qwen3-30B-A3B": (
+        30_532_122_624,
+        {"model_type": "qwen3_moe", "num_hidden_layers": 48, "head_dim": 128, "num_experts": 128}
+        | {"max_window_layers": 48, "mlp_only_layers": [], "norm_topk_prob": True, "rope_scaling": None},
+    ),
     "c4ai-command-r-v01": (
         34_980_831_232,
         {"model_type": "cohere", "model_max_length": 131072, "rope_theta": 8e6},
@@ -218,7 +232,10 @@ def test_older_names_of_tensors_are_known(variant, rename, masks, tmp_path):
     np.testing.assert_allclose(logits[:, -3:], golden["logits"], atol=1e-4 * np.abs(logits).max())
 
 
-@pytest.mark.parametrize("variant", ["olmo2", "phi3", "gemma3", "gpt2", "neox", "falcon-grouped"])
+@pytest.mark.parametrize(
+    "variant",
+    ["olmo2", "phi3", "gemma3", "gpt2", "neox", "falcon-grouped", "mixtral", "qwen2-moe", "qwen3-moe"],
+)
 def test_families_equal_the_reference_on_a_mesh(variant, tmp_path):
     """Four query heads over four devices, so that a key head's queries and fused tensors are cut."""
     golden = np.load(reference.GOLDEN / f"{variant}.npz")
@@ -240,6 +257,7 @@ PIECEWISE = [
     "gptj",
     "opt",
     "falcon-grouped",
+    "qwen2-moe-plain-layers",
     "cohere-qk-norm",
 ]
 """Every part of the arithmetic that reading with a cache repeats in its own way, each in some variant."""

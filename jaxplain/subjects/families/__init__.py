@@ -17,6 +17,7 @@ from jaxplain.subjects.families.family import Family, Weight
 from jaxplain.subjects.families.gemma import GEMMA, GEMMA2, GEMMA3_TEXT
 from jaxplain.subjects.families.gpt import GPT2, GPT_NEOX, GPTJ, OPT
 from jaxplain.subjects.families.llama import COHERE, LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
+from jaxplain.subjects.families.mixtures import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 
 __all__ = ["FAMILIES", "Family", "Weight", "architecture_of", "family_of"]
 
@@ -31,11 +32,14 @@ FAMILIES: Mapping[str, Family] = {
     "gptj": GPTJ,
     "llama": LLAMA,
     "mistral": MISTRAL,
+    "mixtral": MIXTRAL,
     "olmo2": OLMO2,
     "opt": OPT,
     "phi3": PHI3,
     "qwen2": QWEN2,
+    "qwen2_moe": QWEN2_MOE,
     "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
 }
 
 

@@ -17,7 +17,9 @@ class Weight:
     flattened into one: "(H C) D" becomes `query_DHC` by splitting and transposing. Where the source puts
     several parameters one after the other along an axis, their letters (or 1) are joined by plus signs, and
     `part` says which of them this is: in "(H+K+K C) D" part 1 becomes `key_DKC`. "K G" stands for H, the
-    heads in groups that share a key head. `{layer}` in both names stands for the layer number.
+    heads in groups that share a key head. `{layer}` in both names stands for the layer number. Where the
+    source has `{expert}` there is a tensor for each expert, that expert's part of the parameter's axis E;
+    `expert` is its number, once that is put in.
 
     `when` names a field of the architecture and the value that it must have for there to be such a tensor.
     """
@@ -27,6 +29,7 @@ class Weight:
     axes: str
     part: int = 0
     when: tuple[str, Any] | None = None
+    expert: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,7 @@ class Family:
         ignored: Config attributes that do not matter here, with the reason.
         fixed: Fields of `Architecture` that the family's checkpoints have in common.
         weights: The checkpoints' tensors.
+        other_weights: Tensors that some checkpoints have in place of those with the same targets.
         ignored_tensors: Patterns of tensors that do not matter, with the reason.
         older_names: Patterns of what tensors are called in some checkpoints, and the replacements (as of
             `re.sub`) that make of it what `weights` calls them.
@@ -49,6 +53,7 @@ class Family:
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     ignored_tensors: Mapping[str, str] = dataclasses.field(default_factory=dict)
     older_names: tuple[tuple[str, str], ...] = ()
+    other_weights: tuple[Weight, ...] = ()
 
 
 def layer_weights(source: str, *rows: tuple[str, str, str] | tuple[str, str, str, int]) -> tuple[Weight, ...]:

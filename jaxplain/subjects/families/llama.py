@@ -34,8 +34,8 @@ LLAMA_ATTRIBUTES: dict[str, Meaning] = {
     "rope_parameters": rotary,
 }
 
-_BOTH_BIASES = to_all("attention_bias", "attention_output_bias")
-_WITHOUT_HEAD_WIDTH = LLAMA_ATTRIBUTES | {
+BOTH_BIASES = to_all("attention_bias", "attention_output_bias")
+WITHOUT_HEAD_WIDTH = LLAMA_ATTRIBUTES | {
     "num_attention_heads": query_heads,
     "head_dim": lambda width, config: {"head_width": width} if width else {},
 }
@@ -76,11 +76,11 @@ def stream_norms(**targets: str) -> tuple[Weight, ...]:
     return layer_weights("model.layers.{layer}", *rows)
 
 
-_PRE_NORMS = stream_norms(input_layernorm="attention_norm", post_attention_layernorm="mlp_norm")
-_LLAMA_WEIGHTS = (EMBEDDING, *ATTENTION, *_PRE_NORMS, *MLP, FINAL_NORM, UNEMBEDDING)
+PRE_NORMS = stream_norms(input_layernorm="attention_norm", post_attention_layernorm="mlp_norm")
+_LLAMA_WEIGHTS = (EMBEDDING, *ATTENTION, *PRE_NORMS, *MLP, FINAL_NORM, UNEMBEDDING)
 
 LLAMA = Family(
-    attributes=LLAMA_ATTRIBUTES | {"attention_bias": _BOTH_BIASES, "mlp_bias": "mlp_bias"},
+    attributes=LLAMA_ATTRIBUTES | {"attention_bias": BOTH_BIASES, "mlp_bias": "mlp_bias"},
     ignored=GENERIC
     | {
         "pretraining_tp": "sums the same products in another order",
@@ -102,24 +102,24 @@ _QWEN_ATTRIBUTES = {
     "layer_types": layer_types,
     "use_mrope": only(False),
 }
-_QWEN_IGNORED = GENERIC | {"use_sliding_window": LAYER_TYPES, "max_window_layers": LAYER_TYPES}
+QWEN_IGNORED = GENERIC | {"use_sliding_window": LAYER_TYPES, "max_window_layers": LAYER_TYPES}
 
 QWEN2 = Family(
-    attributes=_WITHOUT_HEAD_WIDTH | _QWEN_ATTRIBUTES,
-    ignored=_QWEN_IGNORED,
+    attributes=WITHOUT_HEAD_WIDTH | _QWEN_ATTRIBUTES,
+    ignored=QWEN_IGNORED,
     fixed={"attention_bias": True},
     weights=_LLAMA_WEIGHTS,
 )
 
 QWEN3 = Family(
-    attributes=LLAMA_ATTRIBUTES | _QWEN_ATTRIBUTES | {"attention_bias": _BOTH_BIASES},
-    ignored=_QWEN_IGNORED,
+    attributes=LLAMA_ATTRIBUTES | _QWEN_ATTRIBUTES | {"attention_bias": BOTH_BIASES},
+    ignored=QWEN_IGNORED,
     fixed={"head_norm": "shared"},
     weights=(*_LLAMA_WEIGHTS, *SHARED_HEAD_NORMS),
 )
 
 OLMO2 = Family(
-    attributes=_WITHOUT_HEAD_WIDTH | {"attention_bias": _BOTH_BIASES},
+    attributes=WITHOUT_HEAD_WIDTH | {"attention_bias": BOTH_BIASES},
     ignored=GENERIC,
     fixed={"head_norm": "joint", "pre_norms": False, "post_norms": True},
     weights=(
@@ -140,7 +140,7 @@ OLMO2 = Family(
 )
 
 PHI3 = Family(
-    attributes=_WITHOUT_HEAD_WIDTH
+    attributes=WITHOUT_HEAD_WIDTH
     | {
         "rope_parameters": partial_rotary,
         "sliding_window": "sliding_window",
@@ -167,7 +167,7 @@ PHI3 = Family(
             ("mlp.gate_up_proj.weight", "mlp.up_DF", "F+F D", 1),
             ("mlp.down_proj.weight", "mlp.down_FD", "D F"),
         ),
-        *_PRE_NORMS,
+        *PRE_NORMS,
         FINAL_NORM,
         UNEMBEDDING,
     ),
@@ -179,11 +179,11 @@ def _cohere_rotary(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> 
 
 
 COHERE = Family(
-    attributes={name: meaning for name, meaning in _WITHOUT_HEAD_WIDTH.items() if name != "rms_norm_eps"}
+    attributes={name: meaning for name, meaning in WITHOUT_HEAD_WIDTH.items() if name != "rms_norm_eps"}
     | {
         "layer_norm_eps": "norm_epsilon",
         "rope_parameters": _cohere_rotary,
-        "attention_bias": _BOTH_BIASES,
+        "attention_bias": BOTH_BIASES,
         "use_qk_norm": lambda used, config: {"head_norm": "per_head" if used else None},
         "logit_scale": "logit_scale",
     },
