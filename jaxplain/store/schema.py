@@ -5,9 +5,12 @@
 <split>/{layer,neuron}                   coordinates: which layers and neurons the axes stand for
 <split>/sequences/token                  every sequence that was seen; its row is its id
 <split>/sequences/{corpus,document,start,length}    where each came from
-<split>/{max,min,random}/{score,sequence,activation}    exemplars, strongest first
+<split>/{max,min,random,quantile_sample}/{score,sequence,activation}    exemplars, strongest first
+<split>/quantile_sample/{stratum,level}  each rank's stratum; stratum s is from level s up to level s + 1
 <split>/stats/{count,mean,variance,skewness,kurtosis,fraction_active,quantile}
 <split>/quantile                         coordinate: the levels of stats/quantile
+<split>/token_table/{chosen_layer,chosen_neuron}    neurons whose mean activation is known for every token
+<split>/token_table/{max,min}/{token,mean,count}    the tokens with the highest, and with the lowest means
 
 Chunks hold whole neurons, so that one neuron is one read; shards keep the number of files low.
 """
@@ -22,6 +25,7 @@ STORE_NAME = "exemplars.zarr"
 
 STATISTICS = ("count", "mean", "variance", "skewness", "kurtosis", "fraction_active")
 QUANTILE = "quantile"
+TOKEN_TABLE = "token_table"
 
 _ROWS_PER_CHUNK = 64
 _CHUNKS_PER_SHARD = 1024
@@ -62,6 +66,11 @@ class ArraySpec:
             "dimension_names": list(self.dimensions),
             "attributes": {},
         }
+
+
+def group_of(kind: str) -> str:
+    """The group with the exemplars of a kind; `quantile` itself is a coordinate."""
+    return "quantile_sample" if kind == "quantile" else kind
 
 
 def group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:
@@ -106,8 +115,8 @@ def kind_arrays(
 ) -> dict[str, ArraySpec]:
     """Exemplars of one kind. Empty ranks have sequence -1 and NaN elsewhere.
 
-    `score` is the extreme activation itself for max and min, and the drawn number for random.
-    `activation` is NaN at tokens that do not count.
+    `score` is the extreme activation itself for max and min, the highest for quantile, and the drawn
+    number for random. `activation` is NaN at tokens that do not count.
     """
     # One neuron's activations are a chunk; 64 MiB or so, and at most a layer, are a shard.
     bytes_per_neuron = k * tokens * (2 if activation_dtype == "float16" else 4)
@@ -136,6 +145,34 @@ def kind_arrays(
             chunk=(1, 1, k, tokens),
             shard=(1, per_shard, k, tokens),
         ),
+    }
+
+
+def stratum_arrays(*, ranks: int, levels: int) -> dict[str, ArraySpec]:
+    """Of which stratum each rank of kind quantile is, -1 for none; and the levels, from 0 to 1."""
+    return {"stratum": vector("rank", ranks, "int32"), "level": vector("edge", levels, "float64")}
+
+
+def token_table_arrays(*, neurons: int, tokens: int) -> dict[str, ArraySpec]:
+    """Vocabulary tokens by mean activation, the furthest first, over all tokens that count.
+
+    Empty ranks have token -1, mean NaN and count 0.
+    """
+
+    def spec(dtype: str, fill: int | str) -> ArraySpec:
+        chunk = (min(neurons, _NEURONS_PER_CHUNK), tokens)
+        return ArraySpec(
+            dimensions=("chosen", "rank"),
+            shape=(neurons, tokens),
+            dtype=dtype,
+            fill=fill,
+            chunk=chunk,
+            shard=(math.ceil(neurons / chunk[0]) * chunk[0], tokens),
+        )
+
+    ranked = {"token": spec("int32", -1), "mean": spec("float32", "NaN"), "count": spec("int64", 0)}
+    return {f"chosen_{axis}": vector("chosen", neurons, "int32") for axis in ("layer", "neuron")} | {
+        f"{sign}/{name}": array for sign in ("max", "min") for name, array in ranked.items()
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from jaxplain.store import schema
 from jaxplain.store.files import Files, partial_name
@@ -81,8 +81,16 @@ class StoreWriter:
         tokens: int,
         activation_dtype: str,
         quantiles: Sequence[float] = (),
+        strata: Sequence[float] = (),
+        samples_per_quantile: int = 0,
+        chosen: Int[np.ndarray, "C 2"] | None = None,
+        chosen_tokens: int = 0,
     ) -> "SplitWriter":
-        """Make the split's empty arrays for exemplars and statistics."""
+        """Make the split's empty arrays for exemplars and statistics.
+
+        `strata` are the levels that part the strata of kind quantile. `chosen` are the (layer, neuron) pairs
+        that get a table of `chosen_tokens` vocabulary tokens.
+        """
         axes = {"layer": np.asarray(layers, np.int32), "neuron": np.asarray(neurons, np.int32)}
         if len(quantiles):
             axes[schema.QUANTILE] = np.asarray(quantiles, np.float64)
@@ -91,14 +99,33 @@ class StoreWriter:
             self._files.write((self._files.create_array(f"{split}/{name}", spec), values))
         sizes = {"layers": len(layers), "neurons": len(neurons)}
         groups = {"stats": schema.statistics_arrays(**sizes, quantiles=len(quantiles))}
+        stratum_ranks = (len(strata) + 1) * samples_per_quantile
         for kind in kinds:
-            groups[kind] = schema.kind_arrays(**sizes, k=k, tokens=tokens, activation_dtype=activation_dtype)
+            groups[schema.group_of(kind)] = schema.kind_arrays(
+                **sizes,
+                k=stratum_ranks if kind == "quantile" else k,
+                tokens=tokens,
+                activation_dtype=activation_dtype,
+            )
+        if "quantile" in kinds:
+            groups[schema.group_of("quantile")] |= schema.stratum_arrays(
+                ranks=stratum_ranks, levels=len(strata) + 2
+            )
+        if chosen is not None:
+            groups[schema.TOKEN_TABLE] = schema.token_table_arrays(neurons=len(chosen), tokens=chosen_tokens)
         arrays = {}
         for group, specs in groups.items():
-            self._write_group(f"{split}/{group}")
+            for part in dict.fromkeys(["", *(name.rpartition("/")[0] for name in specs)]):
+                self._write_group(f"{split}/{group}/{part}".rstrip("/"))
             for name, spec in specs.items():
                 arrays[f"{group}/{name}"] = self._files.create_array(f"{split}/{group}/{name}", spec)
-        return SplitWriter(self._files, arrays)
+        out = SplitWriter(self._files, arrays)
+        if "quantile" in kinds:
+            out.write_vector(f"{schema.group_of('quantile')}/level", np.array([0.0, *strata, 1.0]))
+        if chosen is not None:
+            for axis, values in zip(("layer", "neuron"), chosen.T, strict=True):
+                out.write_vector(f"{schema.TOKEN_TABLE}/chosen_{axis}", values)
+        return out
 
     def finish(self) -> None:
         """Mark the store complete, and give it its name."""
@@ -132,8 +159,34 @@ class SplitWriter:
     ) -> None:
         """Write one layer's exemplars of one kind; `layer` and `columns` are places on the axes."""
         values = {"score": score_NR, "sequence": sequence_NR, "activation": activation_NRT}
+        group = schema.group_of(kind)
         self._files.write(
-            *((self._arrays[f"{kind}/{name}"][layer, columns], array) for name, array in values.items())
+            *((self._arrays[f"{group}/{name}"][layer, columns], array) for name, array in values.items())
+        )
+
+    def write_strata(self, stratum_R: Int[np.ndarray, "R"]) -> None:
+        """Write which stratum each rank of kind quantile is of, which is the same in all layers."""
+        self.write_vector(f"{schema.group_of('quantile')}/stratum", stratum_R)
+
+    def write_vector(self, name: str, values: Shaped[np.ndarray, "N"]) -> None:
+        """Write a whole one-dimensional array, by its name within the split."""
+        array = self._arrays[name]
+        self._files.write((array, values.astype(array.dtype.numpy_dtype)))
+
+    def write_token_table(
+        self,
+        sign: str,
+        first: int,
+        *,
+        token_NR: Int[np.ndarray, "N R"],
+        mean_NR: Float[np.ndarray, "N R"],
+        count_NR: Int[np.ndarray, "N R"],
+    ) -> None:
+        """Write the tables of one sign for the chosen neurons from `first` on."""
+        rows = slice(first, first + len(token_NR))
+        values = {"token": token_NR, "mean": mean_NR, "count": count_NR}
+        self._files.write(
+            *((self._arrays[f"{schema.TOKEN_TABLE}/{sign}/{n}"][rows], v) for n, v in values.items())
         )
 
     def write_statistics(self, layer: int, columns: Int[np.ndarray, "N"], **values_N: np.ndarray) -> None:
