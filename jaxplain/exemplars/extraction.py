@@ -234,7 +234,7 @@ class Extraction:
                     tails[kind] = _TAILS[kind](found.score_NR, found.activation_NRT)
                 out.write_exemplars(kind, place, columns, **found._asdict())
             if strata:
-                stratum_R, found = choose(
+                stratum_NR, found = choose(
                     strata,
                     {
                         count: _sequences(merge_top(top, mesh=self.mesh), kept)
@@ -243,8 +243,7 @@ class Extraction:
                     drawn.turns,
                     wanted=self.config.exemplars.samples_per_quantile,
                 )
-                out.write_exemplars("quantile", place, columns, **found._asdict())
-                out.write_strata(stratum_R)
+                out.write_exemplars("quantile", place, columns, **found._asdict(), stratum_NR=stratum_NR)
             if int(layer) in self.tabled:
                 self._write_token_table(reduction, int(layer), tables, out)
                 tables += len(self.tabled[int(layer)])

@@ -1,15 +1,17 @@
 """Exemplars of kind `quantile`: for every neuron, sequences from each part of the distribution of its maxima.
 
 Strata lie between levels of the distribution of the per-sequence maximum. For a stratum from level a to level
-b, and n sequences wanted, D = 4 n / (b - a) sequences are drawn from the split (all of them, where there are
-fewer), the same for all neurons, and of these every neuron keeps those ranked above level a: a top-k like any
-other, whose newcomers are the drawn sequences. In the end the n that come first in the draw remain of those
-that rank between a and b among the D. Strata with the same D share their draw.
+b, of which n sequences are wanted, D = 4 n / (b - a) sequences are drawn from the split (all of them, where
+there are fewer), the same for all neurons, and of these every neuron keeps those ranked above level a: a
+top-k like any other, into which only drawn sequences come. The draws of several strata are nested, and strata
+with the same D share one.
 
-So a stratum's sequences are a fair sample of those between two levels of a draw of D. That draw's level q
-stands in for the split's with a standard error of sqrt(q (1 - q) / D): with n = 5 and levels 0.25, 0.5, 0.75,
-0.9 and 0.99 of a quarter of the stratum's width at most, and with four times as many of half of that. Where
-the draw is of the whole split there is no error. The form of such samples goes back to Bills et al. (2023).
+In the end the lowest that ranks above a in its own draw is the stratum's lower edge, and the next stratum's
+lower edge is its upper one. Of the sequences between them, the n that were drawn first remain. They are a
+fair sample of those between the edges. An edge stands in for the split's own quantile q with a standard error
+of sqrt(q (1 - q) / D) of all sequences: with n = 5 and levels 0.25, 0.5, 0.75, 0.9 and 0.99, of a quarter of
+the stratum's width at most, and with four times as many of half of that. Where the draw is of the whole split
+there is no error. The form of such samples goes back to Bills et al. (2023).
 """
 
 import itertools
@@ -30,14 +32,15 @@ class Stratum(NamedTuple):
     high: float
     drawn: int
 
-    def holds(self, rank_R: Int[np.ndarray, "R"]) -> np.ndarray:
-        """Which ranks among the drawn sequences, 0 for the strongest, are the stratum's."""
-        level_R = _level(rank_R, self.drawn)
-        return (level_R >= self.low) & (level_R < self.high)
+    @property
+    def above(self) -> int:
+        """How many of the drawn sequences rank above `low`, each in the middle of its share of the draw."""
+        level_R = 1 - (np.arange(self.drawn) + 0.5) / max(self.drawn, 1)
+        return int(np.count_nonzero(level_R >= self.low))
 
 
 class RankedSequences(NamedTuple):
-    """A layer's sequences of one draw, strongest first; see `merging.Ranked`."""
+    """A layer's sequences of one draw, strongest first; after the last are NaN, -1 and NaN."""
 
     score_NR: Float[np.ndarray, "N R"]
     sequence_NR: Int[np.ndarray, "N R"]
@@ -46,56 +49,65 @@ class RankedSequences(NamedTuple):
 
 def plan_strata(levels: Sequence[float], *, wanted: int, rows: int | None = None) -> tuple[Stratum, ...]:
     """The strata between ascending levels, the weakest first; `rows` is how many sequences can be drawn."""
-    edges = [0.0, *levels, 1.0]
-    drawn = [
-        math.ceil(_DRAWN_PER_WANTED * wanted / (high - low) - 1e-6) for low, high in itertools.pairwise(edges)
-    ]
-    return tuple(
-        Stratum(low, high, count if rows is None else min(count, rows))
-        for low, high, count in zip(edges[:-1], edges[1:], drawn, strict=True)
-    )
+    strata = []
+    for low, high in itertools.pairwise([0.0, *levels, 1.0]):
+        drawn = math.ceil(_DRAWN_PER_WANTED * wanted / (high - low) - 1e-6)
+        strata.append(Stratum(low, high, drawn if rows is None else min(drawn, rows)))
+    return tuple(strata)
 
 
 def kept_of_draws(strata: Sequence[Stratum]) -> dict[int, int]:
     """How many of the strongest sequences to keep of each draw, by the size of the draw."""
     kept: dict[int, int] = {}
-    for low, _, drawn in strata:
-        above = int(np.count_nonzero(_level(np.arange(drawn), drawn) >= low))
-        kept[drawn] = max(kept.get(drawn, 1), above)
+    for stratum in strata:
+        kept[stratum.drawn] = max(kept.get(stratum.drawn, 1), stratum.above)
     return kept
 
 
 def choose(
     strata: Sequence[Stratum],
     ranked: Mapping[int, RankedSequences],
-    turns: Callable[[np.ndarray], np.ndarray],
+    turns: Callable[[Int[np.ndarray, "N R"]], Int[np.ndarray, "N R"]],
     *,
     wanted: int,
-) -> tuple[Int[np.ndarray, "R"], RankedSequences]:
-    """The exemplars of a layer, strongest first, and the stratum of each rank, -1 after the last.
+) -> tuple[Int[np.ndarray, "N R"], RankedSequences]:
+    """A layer's exemplars, strongest first, and each one's stratum, -1 after the last.
 
-    `turns` gives the places of sequences in the draw.
+    `ranked` has the sequences of each draw by its size; `turns` gives the places of sequences in the draws.
+    Equal maxima are in one stratum, the highest that holds them.
     """
-    parts, stratum_R = [], np.full(len(strata) * wanted, -1, np.int32)
-    filled = 0
-    for number, stratum in reversed(list(enumerate(strata))):
-        score_NR, sequence_NR, _ = found = ranked[stratum.drawn]
-        inside_R = np.flatnonzero(stratum.holds(np.arange(min(score_NR.shape[1], stratum.drawn))))
-        turn_NR = turns(sequence_NR[:, inside_R])
-        rank_NR = inside_R[np.sort(np.argsort(turn_NR, axis=1, kind="stable")[:, :wanted], axis=1)]
-        neuron_N1 = np.arange(len(score_NR))[:, None]
-        parts.append(RankedSequences(*(array[neuron_N1, rank_NR] for array in found)))
-        stratum_R[filled : filled + rank_NR.shape[1]] = number
-        filled += rank_NR.shape[1]
-    missing = (0, len(stratum_R) - filled)
-    joined = RankedSequences(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True)))
-    return stratum_R, RankedSequences(
-        score_NR=np.pad(joined.score_NR, ((0, 0), missing), constant_values=np.nan),
-        sequence_NR=np.pad(joined.sequence_NR, ((0, 0), missing), constant_values=-1),
-        activation_NRT=np.pad(joined.activation_NRT, ((0, 0), missing, (0, 0)), constant_values=np.nan),
+    edge_SN = [
+        ranked[stratum.drawn].score_NR[:, stratum.above - 1]
+        if stratum.above
+        else np.full(len(ranked[stratum.drawn].score_NR), np.inf)
+        for stratum in strata
+    ]
+    edge_SN = np.maximum.accumulate([*edge_SN, np.full_like(edge_SN[0], np.inf)])
+    parts = []
+    for number in reversed(range(len(strata))):
+        found = ranked[strata[number].drawn]
+        low_N1, high_N1 = edge_SN[number][:, None], edge_SN[number + 1][:, None]
+        inside_NR = (found.score_NR >= low_N1) & (found.score_NR < high_N1)
+        turn_NR = np.where(inside_NR, turns(found.sequence_NR), np.iinfo(np.int64).max)
+        rank_NR = np.sort(np.argsort(turn_NR, axis=1, kind="stable")[:, :wanted], axis=1)
+        neuron_N1 = np.arange(len(rank_NR))[:, None]
+        stratum_NR = np.where(inside_NR[neuron_N1, rank_NR], number, -1)
+        parts.append((stratum_NR, *(array[neuron_N1, rank_NR] for array in found)))
+    missing = len(strata) * wanted - sum(part[0].shape[1] for part in parts)
+    stratum_NR, score_NR, sequence_NR, activation_NRT = (
+        np.pad(np.concatenate(arrays, axis=1), ((0, 0), (0, missing), *((0, 0),) * (arrays[0].ndim - 2)))
+        for arrays in zip(*parts, strict=True)
     )
-
-
-def _level(rank_R: np.ndarray, drawn: int) -> np.ndarray:
-    """Each rank stands in the middle of its share of the draw."""
-    return 1 - (rank_R + 0.5) / drawn
+    stratum_NR[:, stratum_NR.shape[1] - missing :] = -1
+    order_NR = np.argsort(stratum_NR < 0, axis=1, kind="stable")
+    filled_NR = np.take_along_axis(stratum_NR, order_NR, axis=1) >= 0
+    rows_N1 = np.arange(len(order_NR))[:, None]
+    return np.where(filled_NR, stratum_NR[rows_N1, order_NR], -1).astype(np.int32), RankedSequences(
+        score_NR=np.where(filled_NR, score_NR[rows_N1, order_NR], np.float32(np.nan)),
+        sequence_NR=np.where(filled_NR, sequence_NR[rows_N1, order_NR], np.int32(-1)),
+        activation_NRT=np.where(
+            filled_NR[:, :, None],
+            activation_NRT[rows_N1, order_NR],
+            activation_NRT.dtype.type(np.nan),
+        ),
+    )

@@ -4,7 +4,8 @@ The tails are exact: every token beyond the last-ranked sequence's extreme lies 
 its rank among all tokens is known. (Exact in the stored activations' dtype, whose rounding keeps the order.)
 The body comes from a random sample of the tokens, the same for all neurons. With M sampled tokens, the share
 of tokens below a body quantile is off by more than sqrt(log(2 / d) / (2 M)) with a probability of d at most
-(Dvoretzky, Kiefer & Wolfowitz, 1956; Massart, 1990): for M = 2,048 by more than 0.03 once in twenty times.
+(Dvoretzky, Kiefer & Wolfowitz, 1956; Massart, 1990): for M = 2,048 by more than 0.03 once in twenty times,
+anywhere. At one level q its standard error is sqrt(q (1 - q) / M).
 That bound knows M alone, not how many tokens there are, so what a run fixes is M, and the rate of sampling is
 M over the tokens that count. Where the tails meet the body, ranks go on counting: the sampled tokens between
 the two thresholds are spread over the ranks that the tails leave, so that there is no jump.

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -240,8 +241,9 @@ class Neuron:
         """
         split = self.split
         split._check_kind(kind)
-        strata = split.strata if kind == "quantile" else None
-        names = {name: f"{schema.group_of(kind)}/{name}" for name in ("score", "sequence", "activation")}
+        parted = ("stratum",) if kind == "quantile" else ()
+        group = schema.group_of(kind)
+        names = {name: f"{group}/{name}" for name in ("score", "sequence", "activation", *parted)}
         read = split._read(names, self._place)
         filled = int(np.count_nonzero(read["sequence"] >= 0))
         sequences = read["sequence"][: filled if limit is None else min(limit, filled)]
@@ -261,7 +263,7 @@ class Neuron:
                     corpus=split.store.corpora[rows["corpus"][rank]],
                     document=int(rows["document"][rank]),
                     start=int(rows["start"][rank]),
-                    stratum=None if strata is None else strata[rank],
+                    stratum=split.strata[read["stratum"][rank]] if parted else None,
                     vocabulary=vocabulary,
                 )
             )
@@ -327,13 +329,14 @@ class Split:
         return tuple(self.store.config.get("statistics", {}).get("quantiles", ()))
 
     @functools.cached_property
-    def strata(self) -> list[tuple[float, float] | None]:
-        """For each rank of kind quantile the levels between which its stratum lies; None for an empty one."""
+    def strata(self) -> tuple[tuple[float, float], ...]:
+        """The strata of kind quantile, weakest first: from which level of all maxima to which.
+
+        Raises JaxplainError where the store does not hold that kind.
+        """
         self._check_kind("quantile")
-        group = schema.group_of("quantile")
-        arrays = (self._array(f"{group}/{name}") for name in ("stratum", "level"))
-        stratum_R, levels = (array.tolist() for array in self.store._files.read(*arrays))
-        return [None if s < 0 else (levels[s], levels[s + 1]) for s in stratum_R]
+        (levels,) = self.store._files.read(self._array(f"{schema.group_of('quantile')}/level"))
+        return tuple(itertools.pairwise(levels.tolist()))
 
     def token_table_row(self, layer: int, index: int) -> int | None:
         """Where a neuron stands among those with exact means by token; None where it does not."""

@@ -111,12 +111,13 @@ def sequence_arrays(*, sequences: int, tokens: int) -> dict[str, ArraySpec]:
 
 
 def kind_arrays(
-    *, layers: int, neurons: int, k: int, tokens: int, activation_dtype: str
+    *, layers: int, neurons: int, k: int, tokens: int, activation_dtype: str, strata: int = 0
 ) -> dict[str, ArraySpec]:
     """Exemplars of one kind. Empty ranks have sequence -1 and NaN elsewhere.
 
     `score` is the extreme activation itself for max and min, the highest for quantile, and the drawn
-    number for random. `activation` is NaN at tokens that do not count.
+    number for random. `activation` is NaN at tokens that do not count. Where there are `strata`, each rank
+    has the number of one, and `level` is where they begin and end.
     """
     # One neuron's activations are a chunk; 64 MiB or so, and at most a layer, are a shard.
     bytes_per_neuron = k * tokens * (2 if activation_dtype == "float16" else 4)
@@ -134,7 +135,10 @@ def kind_arrays(
             shard=shard,
         )
 
-    return {
+    parted = (
+        {"stratum": ranked("int32", -1), "level": vector("edge", strata + 1, "float64")} if strata else {}
+    )
+    return parted | {
         "score": ranked("float32", "NaN"),
         "sequence": ranked("int32", -1),
         "activation": ArraySpec(
@@ -146,11 +150,6 @@ def kind_arrays(
             shard=(1, per_shard, k, tokens),
         ),
     }
-
-
-def stratum_arrays(*, ranks: int, levels: int) -> dict[str, ArraySpec]:
-    """Of which stratum each rank of kind quantile is, -1 for none; and the levels, from 0 to 1."""
-    return {"stratum": vector("rank", ranks, "int32"), "level": vector("edge", levels, "float64")}
 
 
 def token_table_arrays(*, neurons: int, tokens: int) -> dict[str, ArraySpec]:

@@ -8,7 +8,7 @@ Horvitz & Thompson, 1952).
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -31,19 +31,28 @@ class TokenMean:
     exact: bool
 
 
-class _Sequence(Protocol):
-    @property
-    def sequence(self) -> int: ...
+@runtime_checkable
+class StoredSequence(Protocol):
+    """A sequence that a store keeps for a neuron; see `reader.Exemplar`."""
 
     @property
-    def tokens(self) -> np.ndarray: ...
+    def sequence(self) -> int:
+        """Its row in the token table."""
+        ...
 
     @property
-    def activations(self) -> np.ndarray: ...
+    def tokens(self) -> np.ndarray:
+        """Token ids, int32 [T]."""
+        ...
+
+    @property
+    def activations(self) -> np.ndarray:
+        """The neuron's activations, float32 [T]; NaN where a token does not count."""
+        ...
 
 
 def estimated_means(
-    extreme: Sequence[_Sequence], random: Sequence[_Sequence], sequence_count: int
+    extreme: Sequence[StoredSequence], random: Sequence[StoredSequence], sequence_count: int
 ) -> tuple[Int[np.ndarray, "N"], Float[np.ndarray, "N"], Int[np.ndarray, "N"]]:
     """Token ids, ascending, with their mean activations and how often they occur in the stored sequences.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 
 from jaxplain.store import schema
 from jaxplain.store.files import Files, partial_name
@@ -99,17 +99,14 @@ class StoreWriter:
             self._files.write((self._files.create_array(f"{split}/{name}", spec), values))
         sizes = {"layers": len(layers), "neurons": len(neurons)}
         groups = {"stats": schema.statistics_arrays(**sizes, quantiles=len(quantiles))}
-        stratum_ranks = (len(strata) + 1) * samples_per_quantile
         for kind in kinds:
+            parts = len(strata) + 1 if kind == "quantile" else 0
             groups[schema.group_of(kind)] = schema.kind_arrays(
                 **sizes,
-                k=stratum_ranks if kind == "quantile" else k,
+                k=parts * samples_per_quantile or k,
                 tokens=tokens,
                 activation_dtype=activation_dtype,
-            )
-        if "quantile" in kinds:
-            groups[schema.group_of("quantile")] |= schema.stratum_arrays(
-                ranks=stratum_ranks, levels=len(strata) + 2
+                strata=parts,
             )
         if chosen is not None:
             groups[schema.TOKEN_TABLE] = schema.token_table_arrays(neurons=len(chosen), tokens=chosen_tokens)
@@ -121,10 +118,10 @@ class StoreWriter:
                 arrays[f"{group}/{name}"] = self._files.create_array(f"{split}/{group}/{name}", spec)
         out = SplitWriter(self._files, arrays)
         if "quantile" in kinds:
-            out.write_vector(f"{schema.group_of('quantile')}/level", np.array([0.0, *strata, 1.0]))
+            out._write_vector(f"{schema.group_of('quantile')}/level", np.array([0.0, *strata, 1.0]))
         if chosen is not None:
             for axis, values in zip(("layer", "neuron"), chosen.T, strict=True):
-                out.write_vector(f"{schema.TOKEN_TABLE}/chosen_{axis}", values)
+                out._write_vector(f"{schema.TOKEN_TABLE}/chosen_{axis}", values)
         return out
 
     def finish(self) -> None:
@@ -156,20 +153,18 @@ class SplitWriter:
         score_NR: Float[np.ndarray, "N R"],
         sequence_NR: Int[np.ndarray, "N R"],
         activation_NRT: Float[np.ndarray, "N R T"],
+        stratum_NR: Int[np.ndarray, "N R"] | None = None,
     ) -> None:
         """Write one layer's exemplars of one kind; `layer` and `columns` are places on the axes."""
         values = {"score": score_NR, "sequence": sequence_NR, "activation": activation_NRT}
+        if stratum_NR is not None:
+            values["stratum"] = stratum_NR
         group = schema.group_of(kind)
         self._files.write(
             *((self._arrays[f"{group}/{name}"][layer, columns], array) for name, array in values.items())
         )
 
-    def write_strata(self, stratum_R: Int[np.ndarray, "R"]) -> None:
-        """Write which stratum each rank of kind quantile is of, which is the same in all layers."""
-        self.write_vector(f"{schema.group_of('quantile')}/stratum", stratum_R)
-
-    def write_vector(self, name: str, values: Shaped[np.ndarray, "N"]) -> None:
-        """Write a whole one-dimensional array, by its name within the split."""
+    def _write_vector(self, name: str, values: np.ndarray) -> None:
         array = self._arrays[name]
         self._files.write((array, values.astype(array.dtype.numpy_dtype)))
 
