@@ -1,4 +1,4 @@
-"""Strata, quantiles and token tables of a whole run, from the command line to the reader, against brute force."""
+"""Strata, quantiles and token tables of a whole run, from the command line to the reader."""
 
 import numpy as np
 import pytest
@@ -123,7 +123,7 @@ def test_a_quantile_at_any_level(split, truth):
     between = (neuron.quantiles[0.5] + neuron.quantiles[0.75]) / 2
     assert neuron.quantile(0.625) == pytest.approx(between)
     for level in (-0.1, 1.1, float("nan")):
-        with pytest.raises(JaxplainError, match="level is .*; give a number from 0 to 1"):
+        with pytest.raises(JaxplainError, match=r"level is .*; give a number from 0 to 1"):
             neuron.quantile(level)
 
 
