@@ -11,6 +11,7 @@ from jaxplain.errors import JaxplainError
 from jaxplain.exemplars.extraction import counted_tokens
 from jaxplain.exemplars.strata import plan_strata
 from jaxplain.extract import main
+from jaxplain.show import main as show
 from tests import oracle, tiny
 from tests.exemplars.test_strata import in_strata
 from tests.subjects.test_decoder import make_mesh, sown_activations
@@ -148,15 +149,16 @@ def test_token_tables_of_chosen_neurons_are_exact(split, truth, pair, sign):
     assert split.neuron(*pair).tokens(sign, limit=2) == found[:2]
 
 
-def test_other_neurons_tokens_are_estimated_and_say_so(split, workspace, tmp_path):
+def test_other_neurons_tokens_are_estimated_and_say_so(split):
     found = split.neuron(1, 3).tokens()
     assert found
     assert not any(t.exact for t in found)
     assert [t.mean for t in found] == sorted((t.mean for t in found), reverse=True)
     lowest = split.neuron(1, 3).tokens("min", limit=4)
     assert [t.mean for t in lowest] == sorted(t.mean for t in lowest)
-    with pytest.raises(JaxplainError, match="no exemplars of kind 'mean'"):
-        split.neuron(0, 3).tokens("mean")
+    for neuron in (split.neuron(0, 3), split.neuron(1, 3)):
+        with pytest.raises(JaxplainError, match="sign is 'random'; give max or min"):
+            neuron.tokens("random")
 
 
 def test_estimates_are_exact_where_everything_is_stored(workspace, tmp_path):
@@ -218,7 +220,7 @@ def test_chosen_neurons_have_the_same_statistics(split, workspace, tmp_path):
         ]
 
 
-def test_every_field_changes_something(split, workspace, tmp_path):
+def test_every_field_changes_something(split, workspace, tmp_path, capsys):
     arguments = [
         *(
             "--exemplars.kinds",
@@ -249,6 +251,10 @@ def test_every_field_changes_something(split, workspace, tmp_path):
     ):
         other.neuron(0, 3).quantile(0.9)
     assert other.store.fingerprint != split.store.fingerprint
+    show([str(tmp_path), "--layer", "0", "--neuron", "3", "--kind", "quantile"])
+    shown = capsys.readouterr().out
+    assert f"above 0.05 {other.neuron(0, 3).stats.fraction_active:.1%}" in shown
+    assert shown.count("\n") >= 7
 
 
 def test_without_quantiles_none_are_known(split, workspace, tmp_path):

@@ -207,10 +207,13 @@ class Neuron:
         count, and rare tokens left out as it says. For others they are estimated from the stored sequences of
         kinds `sign` and, where the store has it, `random`; see `jaxplain.store.token_means`.
 
-        Raises JaxplainError for a sign that the store has neither exact means nor exemplars of.
+        Raises JaxplainError for another sign, and for one of which the store has neither exact means nor
+        exemplars.
         """
+        if sign not in ("max", "min"):
+            raise JaxplainError(f"sign is {sign!r}; give max or min.")
         split, row = self.split, self.split.token_table_row(self.layer, self.index)
-        if row is not None and sign in ("max", "min"):
+        if row is not None:
             names = [f"{schema.TOKEN_TABLE}/{sign}/{name}" for name in ("token", "mean", "count")]
             tokens, means, counts = split.store._files.read(*(split._array(name)[row] for name in names))
         else:

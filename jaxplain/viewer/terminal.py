@@ -22,10 +22,11 @@ _TOKENS_BEFORE_PEAK, _TOKENS_AFTER_PEAK = 12, 6
 def print_neuron(neuron: Neuron, console: Console, *, kind: str = "max", limit: int = 5) -> None:
     """A neuron's statistics and its strongest excerpts of a kind."""
     stats = neuron.stats
+    threshold = neuron.split.store.config.get("statistics", {}).get("active_above", 0.0)
     console.print(
         f"[bold]layer {neuron.layer}, neuron {neuron.index}[/bold] "
         f"[dim]{neuron.split.name}, {kind}; over {stats.count:,} tokens: mean {stats.mean:.3f}, "
-        f"deviation {stats.variance**0.5:.3f}, above zero {stats.fraction_active:.1%}[/dim]",
+        f"deviation {stats.variance**0.5:.3f}, above {threshold or 'zero'} {stats.fraction_active:.1%}[/dim]",
         highlight=False,
         soft_wrap=True,
     )
