@@ -11,6 +11,7 @@ from rich.text import Text
 from jaxplain.errors import JaxplainError
 from jaxplain.store.explanations import Explanation
 from jaxplain.store.reader import Exemplar, Neuron, Store
+from jaxplain.store.schema import group_of
 
 _BACKGROUNDS = {
     1: ("#3d2b00", "#7a5500", "#b87f00", "#ffb000"),
@@ -65,7 +66,7 @@ def print_explanations(explanations: Sequence[Explanation], console: Console) ->
 
 def _most_peaked(store: Store, split: str, kind: str, place: int) -> int:
     scores_FR, mean_F, variance_F = store[split].layer_arrays(
-        place, f"{kind}/score", "stats/mean", "stats/variance"
+        place, f"{group_of(kind)}/score", "stats/mean", "stats/variance"
     )
     # A single sequence may be a fluke; the tenth best is not.
     filled_F = np.isfinite(scores_FR).sum(axis=1)
