@@ -16,7 +16,7 @@ from tests import oracle, tiny
 from tests.exemplars.test_strata import in_strata
 from tests.subjects.test_decoder import make_mesh, sown_activations
 
-SEQUENCES, TOKENS, WANTED = 300, 12, 2
+SEQUENCES, TOKENS, WANTED, SEED = 300, 12, 2, 5
 LEVELS = (0.25, 0.5, 0.75, 0.9, 0.99)
 PAIRS = [(0, 3), (0, 40), (2, 11)]
 
@@ -34,6 +34,7 @@ def workspace(tmp_path_factory):
             "sequence_length": TOKENS,
             "max_sequences": SEQUENCES,
             "splits": {"train": 1.0},
+            "seed": SEED,
             "exclude": {"special": True, "first": 1},
         },
         "exemplars": {
@@ -73,7 +74,7 @@ def truth(workspace, split):
 
 
 def turns_of(rows, counted_NT):
-    drawn_N = np.where(counted_NT.any(1), lottery(0, rows["document"], rows["start"]), -1)
+    drawn_N = np.where(counted_NT.any(1), lottery(SEED, rows["document"], rows["start"]), -1)
     return np.argsort(np.argsort(-drawn_N, kind="stable"), kind="stable")
 
 
@@ -231,7 +232,7 @@ def test_every_field_changes_something(split, workspace, tmp_path, capsys):
             "3",
         ),
         *("--statistics.quantiles", "[0.1, 0.5]", "--statistics.sampled_tokens", "50"),
-        *("--statistics.active_above", "0.05", "--statistics.tokens.neurons", "0", "--corpus.seed", "0"),
+        *("--statistics.active_above", "0.05", "--statistics.tokens.neurons", "0"),
     ]
     other = extract(workspace, tmp_path, *arguments)
     assert other.kinds == ("quantile",)

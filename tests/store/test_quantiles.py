@@ -92,6 +92,16 @@ def test_tails_and_body_join_without_a_jump():
     assert np.diff(found, axis=1).max() < 0.012
 
 
+def test_ranks_are_counted_through_from_tail_to_body():
+    """Tails of a tenth of all tokens each, which the body must neither count again nor forget."""
+    acts_NTF = np.random.default_rng(0).uniform(-1, 1, (2000, 10, 3)).astype(np.float32)
+    tail = upper_tail(*kept(acts_NTF, 1300))
+    assert (tail.count_F > 0.08 * 20_000).all()
+    levels = np.linspace(0, 1, 101)
+    found = estimated(acts_NTF, k=1300, sampled=8192, levels=levels)
+    assert np.abs((found + 1) / 2 - levels).max() < 0.02
+
+
 @pytest.mark.parametrize("sequences", [1, 7, 40])
 def test_where_every_sequence_is_kept_all_are_exact(sequences):
     acts_NTF = heavy(sequences, 10, 4)
@@ -148,7 +158,11 @@ def test_few_sampled_tokens_or_none():
 
 def test_no_tokens_at_all():
     nothing = np.full((3, 5), np.nan)
-    assert np.isnan(quantiles(LEVELS, 0, nothing, upper=None, lower=None)).all()
+    empty = (np.full((3, 2), np.nan, np.float32), np.full((3, 2, 4), np.nan, np.float16))
+    for upper, lower in ((None, None), (upper_tail(*empty), lower_tail(*empty))):
+        found = quantiles(LEVELS, 0, nothing, upper=upper, lower=lower)
+        assert np.isnan(found).all()
+        assert found.shape == (3, len(LEVELS))
 
 
 def test_activations_rounded_to_float16_keep_their_ranks():
