@@ -22,6 +22,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxplain.exemplars.draws import NEVER
+
 _DRAWN_PER_WANTED = 4
 
 
@@ -88,7 +90,7 @@ def choose(
         found = ranked[strata[number].drawn]
         low_N1, high_N1 = edge_SN[number][:, None], edge_SN[number + 1][:, None]
         inside_NR = (found.score_NR >= low_N1) & (found.score_NR < high_N1)
-        turn_NR = np.where(inside_NR, turns(found.sequence_NR), np.iinfo(np.int64).max)
+        turn_NR = np.where(inside_NR, turns(found.sequence_NR), NEVER)
         rank_NR = np.sort(np.argsort(turn_NR, axis=1, kind="stable")[:, :wanted], axis=1)
         neuron_N1 = np.arange(len(rank_NR))[:, None]
         stratum_NR = np.where(inside_NR[neuron_N1, rank_NR], number, -1)

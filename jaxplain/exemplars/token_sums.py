@@ -28,12 +28,12 @@ class TokenSums(NamedTuple):
 
 def empty_token_sums(neuron_C: Int[np.ndarray, "C"], *, vocabulary: int) -> TokenSums:
     """Sums of nothing."""
-    zeros_VC = jnp.zeros((vocabulary, len(neuron_C)), jnp.float32)
+    shape = (vocabulary, len(neuron_C))
     return TokenSums(
         neuron_C=jnp.asarray(neuron_C, jnp.int32),
         count_V=jnp.zeros(vocabulary, jnp.uint32),
-        sum_VC=zeros_VC,
-        carry_VC=zeros_VC,
+        sum_VC=jnp.zeros(shape, jnp.float32),
+        carry_VC=jnp.zeros(shape, jnp.float32),
     )
 
 

@@ -70,7 +70,7 @@ def quantiles(
     `sample_FM` are the activations at sampled tokens, NaN where there is none. NaN where there are no tokens.
     """
     neurons = len(sample_FM)
-    if count == 0:
+    if count == 0 or len(levels) == 0:
         return np.full((neurons, len(levels)), np.nan, np.float32)
     place_Q = levels.astype(np.float64) * (count - 1)
     below_Q = np.floor(place_Q).astype(np.int64)

@@ -282,7 +282,13 @@ def test_what_does_not_vary_has_no_shape(value):
 
 def test_rounding_beside_a_variance_of_zero_is_no_shape():
     sums = PowerSums(*(np.full((1, 2), [0, x], np.float32) for x in (0, -1e-30, 1e-20, 1e-10)))
-    parts = Moments(token_count=np.array([9]), mean_F=np.ones((1, 2)), sums=sums, active_F=np.ones((1, 2)))
+    parts = Moments(
+        token_count=np.array([9]),
+        mean_F=np.ones((1, 2)),
+        sums=sums,
+        lost=jax.tree.map(np.zeros_like, sums),
+        active_F=np.ones((1, 2)),
+    )
     statistics = merge_moments(parts)
     assert statistics.variance_F.tolist() == [0, 0]
     assert np.isnan([statistics.skewness_F, statistics.kurtosis_F]).all()
