@@ -47,7 +47,8 @@ def ranked_of(highest_NF, turn_N, strata):
 
 
 def chosen_of(highest_NF, turn_N, strata, wanted):
-    return choose(strata, ranked_of(highest_NF, turn_N, strata), lambda n: turn_N[n].astype(np.int32), wanted=wanted)
+    turn_N = turn_N.astype(np.int32)
+    return choose(strata, ranked_of(highest_NF, turn_N, strata), lambda n: turn_N[n], wanted=wanted)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 30, 100, 1000])
