@@ -21,6 +21,7 @@ from jaxplain.errors import JaxplainError
 from jaxplain.exemplars.extraction import Extraction
 from jaxplain.exemplars.selection import select_neurons
 from jaxplain.exemplars.step import make_step
+from jaxplain.exemplars.token_sums import choose_neurons
 from jaxplain.mesh import make_mesh
 from jaxplain.progress import progress_bars
 from jaxplain.store.files import Files
@@ -70,6 +71,7 @@ def extract(config: ExtractConfig, *, overwrite: bool = False, check_parity: int
             f"most {subject.arch.max_positions} tokens."
         )
     selection = select_neurons(config.neurons, subject.arch)
+    tabled = choose_neurons(config.statistics.tokens.neurons, selection, seed=config.corpus.seed)
     mesh = make_mesh(
         config.run.mesh,
         batch_size=config.run.batch_size,
@@ -92,6 +94,8 @@ def extract(config: ExtractConfig, *, overwrite: bool = False, check_parity: int
         step=step,
         weights=weights,
         excluded=_excluded_tokens(config.corpus, subject),
+        vocabulary=subject.arch.vocabulary,
+        tabled=tabled,
     )
 
     writer = StoreWriter(path, _attributes(config, subject, sources))

@@ -10,9 +10,9 @@ import jaxplain
 from jaxplain.corpora.hashing import lottery
 from jaxplain.errors import JaxplainError
 from jaxplain.exemplars.extraction import counted_tokens
-from jaxplain.exemplars.quantiles import lower_tail, quantiles, upper_tail
 from jaxplain.extract import main
 from jaxplain.show import main as show
+from jaxplain.store.quantiles import lower_tail, quantiles, upper_tail
 from tests import families, oracle, tiny
 from tests.subjects.test_decoder import make_mesh, sown_activations
 

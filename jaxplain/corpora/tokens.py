@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxplain.configs.extraction import CorpusConfig
 from jaxplain.corpora.cutting import PADDING, Window
-from jaxplain.corpora.hashing import lottery, token_lottery
+from jaxplain.corpora.hashing import lottery
 from jaxplain.corpora.sources import Source
 from jaxplain.corpora.windows import windows_of_split
 from jaxplain.errors import JaxplainError
@@ -88,15 +88,13 @@ class TokenBatch:
     """Consecutive rows of a token table, padded to the batch size with rows of -1.
 
     `before_B` counts the tokens before each row's text (BOS, or the chat prefix); `sequence_B` are the row
-    numbers, `lottery_B` each row's number in the draw for random exemplars, and `token_lottery_BT` each
-    token's in the draw for quantiles.
+    numbers, and `lottery_B` each row's number in the draw for random exemplars.
     """
 
     tokens_BT: Int[np.ndarray, "B T"]
     before_B: Int[np.ndarray, "B"]
     sequence_B: Int[np.ndarray, "B"]
     lottery_B: Float[np.ndarray, "B"]
-    token_lottery_BT: Float[np.ndarray, "B T"]
     rows: int
 
 
@@ -115,9 +113,6 @@ def token_batches(table: dict[str, ts.TensorStore], *, batch_size: int, seed: in
             # Padding rows take the numbers that follow; they have no token that counts.
             sequence_B=np.arange(start, start + batch_size, dtype=np.int32),
             lottery_B=np.pad(lottery(seed, document_N, start_N), padding),
-            token_lottery_BT=np.pad(
-                token_lottery(seed, document_N, start_N, tokens_NT.shape[1]), [*padding, (0, 0)]
-            ),
             rows=stop - start,
         )
 

@@ -1,34 +1,45 @@
 """The extraction run: for each split, cut the corpus, stream it through the subject, write what remains."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore as ts
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Int
 
-from jaxplain.configs.extraction import ExtractConfig
+from jaxplain.configs.extraction import ExtractConfig, StatisticsConfig
+from jaxplain.corpora.cutting import PADDING
 from jaxplain.corpora.tokens import TokenBatch, token_batches
 from jaxplain.errors import JaxplainError
-from jaxplain.exemplars.merging import merge_partials, merge_sample
+from jaxplain.exemplars.draws import Draws, TableBlock, draw
+from jaxplain.exemplars.merging import Ranked, merge_partials, merge_top
 from jaxplain.exemplars.moments import merge_moments
-from jaxplain.exemplars.quantiles import Tail, lower_tail, quantiles, upper_tail
-from jaxplain.exemplars.reduction import Rows, empty_reduction
+from jaxplain.exemplars.reduction import KINDS, LayerReduction, Rows, empty_reduction
 from jaxplain.exemplars.selection import Selection
 from jaxplain.exemplars.step import Reductions, Step
+from jaxplain.exemplars.strata import RankedSequences, Stratum, choose, kept_of_draws, plan_strata
+from jaxplain.exemplars.token_sample import merge_sample
+from jaxplain.exemplars.token_sums import merge_token_sums, spread_over_shards, strongest_tokens
 from jaxplain.progress import Progress
+from jaxplain.store.quantiles import Tail, lower_tail, quantiles, upper_tail
 from jaxplain.store.writer import SplitWriter, StoreWriter
 
 _TAILS = {"max": upper_tail, "min": lower_tail}
+_ROWS_PER_BLOCK = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Extraction:
-    """What every split of a run shares. `excluded` are token ids that never count."""
+    """What every split of a run shares.
+
+    `excluded` are token ids that never count, `vocabulary` how many ids the subject has, and `tabled` the
+    numbers of each layer's neurons that get a table of mean activations by token.
+    """
 
     config: ExtractConfig
     mesh: Mesh
@@ -36,6 +47,8 @@ class Extraction:
     step: Step
     weights: Any
     excluded: frozenset[int]
+    vocabulary: int
+    tabled: dict[int, Int[np.ndarray, "N"]]
 
     def run_split(self, writer: StoreWriter, split: str, progress: Progress) -> None:
         """Extract a split whose token table is written already."""
@@ -47,10 +60,12 @@ class Extraction:
                 f"split {split!r} has {rows * tokens:.1e} tokens, more than the 4.3e9 per data shard "
                 "that can be counted; lower corpus.max_sequences or spread over more devices."
             )
+        drawn = self._draw(table)
+        strata = self._strata(drawn.rows)
         batches = token_batches(table, batch_size=config.run.batch_size, seed=config.corpus.seed)
         try:
             with progress(total=rows, desc=f"{split}: read", unit="sequences") as bar:
-                reductions = self._reduce(batches, bar.update)
+                reductions = self._reduce(batches, drawn, strata, bar.update)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -71,29 +86,67 @@ class Extraction:
             tokens=config.corpus.sequence_length,
             activation_dtype=config.exemplars.activation_dtype,
             quantiles=config.statistics.quantiles,
+            strata=config.exemplars.strata,
+            samples_per_quantile=config.exemplars.samples_per_quantile,
+            chosen=self._tabled_names(),
+            chosen_tokens=config.statistics.tokens.count,
         )
         with progress(total=len(reductions), desc=f"{split}: write", unit="layers") as bar:
-            self._write(reductions, out, bar.update)
+            self._write(reductions, drawn, strata, out, bar.update)
 
-    def _reduce(self, batches: Iterable[TokenBatch], advance: Callable[[int], Any]) -> Reductions:
+    def _strata(self, rows: int | None = None) -> tuple[Stratum, ...]:
+        """The strata of kind quantile, none without it; `rows` is how many sequences can be drawn."""
+        exemplars = self.config.exemplars
+        if "quantile" not in exemplars.kinds:
+            return ()
+        return plan_strata(exemplars.strata, wanted=exemplars.samples_per_quantile, rows=rows)
+
+    def _draw(self, table: dict[str, ts.TensorStore]) -> Draws:
+        """What is drawn at random from the split."""
+        rows = table["token"].shape[0]
+
+        def block(start: int) -> TableBlock:
+            part = slice(start, min(start + _ROWS_PER_BLOCK, rows))
+            reads = [table[name][part].read() for name in ("token", "document", "start", "length")]
+            token_NT, document_N, start_N, length_N = (np.asarray(read.result()) for read in reads)
+            before_N = (token_NT != PADDING).sum(axis=1) - length_N
+            return TableBlock(document_N, start_N, self._counted(token_NT, before_N))
+
+        return draw(
+            map(block, range(0, rows, _ROWS_PER_BLOCK)),
+            seed=self.config.corpus.seed,
+            sequences=max((stratum.drawn for stratum in self._strata()), default=0),
+            tokens=sampled_tokens(self.config.statistics, self.selection),
+        )
+
+    def _reduce(
+        self,
+        batches: Iterable[TokenBatch],
+        drawn: Draws,
+        strata: Sequence[Stratum],
+        advance: Callable[[int], Any],
+    ) -> Reductions:
         neurons = self._padded_neurons()
         exemplars = self.config.exemplars
         reductions = {
             layer: empty_reduction(
-                kinds=tuple(exemplars.kinds),
-                neurons=self.selection.width(layer) if layer not in neurons else len(neurons[layer]),
+                kinds=tuple(kind for kind in KINDS if kind in exemplars.kinds),
+                neurons=len(neurons[layer]) if layer in neurons else self.selection.width(layer),
                 k=exemplars.k,
                 tokens=self.config.corpus.sequence_length,
-                sampled_tokens=self.config.statistics.sampled_tokens,
+                sampled_tokens=len(drawn.token_M),
                 dtype=jnp.dtype(exemplars.activation_dtype),
                 mesh=self.mesh,
+                draws=kept_of_draws(strata),
+                summed=self._summed(layer)[0] if layer in self.tabled else None,
+                vocabulary=self.vocabulary,
                 **self._experts(layer),
             )
             for layer in self.selection.indices
         }
         pending = 0
         for batch in batches:
-            rows = self._rows(batch)
+            rows = self._rows(batch, drawn)
             # Rows are made ready while the step before runs; waiting for it keeps progress honest.
             jax.block_until_ready(reductions)
             advance(pending)
@@ -115,13 +168,19 @@ class Extraction:
                     f"layer {layer} has activations that are not finite numbers in {dtype}; {remedy}."
                 )
 
-    def _rows(self, batch: TokenBatch) -> Rows:
-        sharding = NamedSharding(self.mesh, P("data"))
-        counted_BT = counted_tokens(
-            batch.tokens_BT,
+    def _counted(self, tokens_BT: Int[np.ndarray, "B T"], before_B: Int[np.ndarray, "B"]) -> np.ndarray:
+        return counted_tokens(
+            tokens_BT,
             excluded=self.excluded,
             first=self.config.corpus.exclude.first,
-            before_B=batch.before_B if self.config.corpus.chat_prefix else None,
+            before_B=before_B if self.config.corpus.chat_prefix else None,
+        )
+
+    def _rows(self, batch: TokenBatch, drawn: Draws) -> Rows:
+        sharding = NamedSharding(self.mesh, P("data"))
+        counted_BT = self._counted(batch.tokens_BT, batch.before_B)
+        drawn_PW, slot_PW = drawn.tokens_of(
+            int(batch.sequence_B[0]), batch=len(batch.sequence_B), shards=self.mesh.shape["data"]
         )
 
         def on_mesh(x: np.ndarray) -> jax.Array:
@@ -132,7 +191,9 @@ class Extraction:
             counted_BT=on_mesh(counted_BT),
             sequence_B=on_mesh(batch.sequence_B),
             lottery_B=on_mesh(batch.lottery_B),
-            token_lottery_BT=on_mesh(batch.token_lottery_BT),
+            turn_B=on_mesh(drawn.turns(batch.sequence_B)),
+            drawn_PW=on_mesh(drawn_PW),
+            slot_PW=on_mesh(slot_PW),
         )
 
     def _padded_neurons(self) -> dict[int, jax.Array]:
@@ -155,7 +216,28 @@ class Extraction:
         missing = -len(values_N) % self.mesh.shape["model"]
         return np.pad(values_N, (0, missing), mode="edge").astype(np.int32)
 
-    def _write(self, reductions: Reductions, out: SplitWriter, advance: Callable[[int], Any]) -> None:
+    def _summed(self, layer: int) -> tuple[Int[np.ndarray, "C"], Int[np.ndarray, "N"]]:
+        """Where a layer's neurons with a table are summed up; see `token_sums.spread_over_shards`."""
+        kept, shards = self.selection.indices[layer], self.mesh.shape["model"]
+        place_N = np.searchsorted(kept, self.tabled[layer])
+        return spread_over_shards(place_N, neurons=len(kept) + -len(kept) % shards, shards=shards)
+
+    def _tabled_names(self) -> Int[np.ndarray, "C _"] | None:
+        """What the neurons with a table are called."""
+        names = [
+            name for layer, numbers in self.tabled.items() for name in self.selection.names(layer, numbers)
+        ]
+        return np.array(names, np.int32) if names else None
+
+    def _write(
+        self,
+        reductions: Reductions,
+        drawn: Draws,
+        strata: Sequence[Stratum],
+        out: SplitWriter,
+        advance: Callable[[int], Any],
+    ) -> None:
+        tables = 0
         for place, layer in enumerate(self.selection.layers):
             reduction = reductions.pop(int(layer))
             columns = self.selection.columns(int(layer))
@@ -163,27 +245,36 @@ class Extraction:
             statistics = merge_moments(reduction.moments)
             tails = {}
             for kind, ranked in merge_partials(reduction, self.mesh).items():
-                priority_NR = np.asarray(ranked.priority_FR)[kept]
-                sign = -1 if kind == "min" else 1
-                score_NR = np.where(np.isfinite(priority_NR), sign * priority_NR, np.nan)
-                activation_NRT = np.asarray(ranked.activation_FRT)[kept]
+                found = _sequences(ranked, kept, sign=-1 if kind == "min" else 1)
                 if kind in _TAILS:
-                    tails[kind] = _TAILS[kind](score_NR, activation_NRT)
-                out.write_exemplars(
-                    kind,
-                    place,
-                    columns,
-                    score_NR=score_NR,
-                    sequence_NR=np.asarray(ranked.sequence_FR)[kept],
-                    activation_NRT=activation_NRT,
+                    tails[kind] = _TAILS[kind](found.score_NR, found.activation_NRT)
+                out.write_exemplars(kind, place, columns, **found._asdict())
+            if strata:
+                stratum_NR, found = choose(
+                    strata,
+                    {
+                        count: _sequences(merge_top(top, mesh=self.mesh), kept)
+                        for count, top in reduction.draws.items()
+                    },
+                    drawn.turns,
+                    wanted=self.config.exemplars.samples_per_quantile,
+                    read={
+                        count: np.asarray(read_PF).sum(axis=0)[kept]
+                        for count, read_PF in reduction.read.items()
+                    },
                 )
+                out.write_exemplars("quantile", place, columns, **found._asdict(), stratum_NR=stratum_NR)
+            if int(layer) in self.tabled:
+                self._write_token_table(reduction, int(layer), tables, out)
+                tables += len(self.tabled[int(layer)])
+            sample_MF = np.asarray(merge_sample(reduction.sample_MF, mesh=self.mesh))
             out.write_statistics(
                 place,
                 columns,
                 quantile=_quantiles(
                     np.array(self.config.statistics.quantiles),
                     statistics.count_F[kept],
-                    np.asarray(merge_sample(reduction, self.mesh))[kept],
+                    np.ascontiguousarray(sample_MF[:, kept].T),
                     tails,
                 ),
                 count=statistics.count_F[kept],
@@ -194,6 +285,31 @@ class Extraction:
                 fraction_active=statistics.fraction_active_F[kept],
             )
             advance(1)
+
+    def _write_token_table(self, reduction: LayerReduction, layer: int, first: int, out: SplitWriter) -> None:
+        config = self.config.statistics.tokens
+        assert reduction.token_sums is not None
+        table = merge_token_sums(reduction.token_sums, self._summed(layer)[1])
+        for sign in ("max", "min"):
+            token_NR, mean_NR, count_NR = strongest_tokens(
+                table, kept=config.count, min_count=config.min_count, lowest=sign == "min"
+            )
+            out.write_token_table(sign, first, token_NR=token_NR, mean_NR=mean_NR, count_NR=count_NR)
+
+
+def sampled_tokens(config: StatisticsConfig, selection: Selection) -> int:
+    """How many tokens to draw for quantiles: on average an expert reads as many as the config says."""
+    return config.sampled_tokens * selection.tokens_per_read if config.quantiles else 0
+
+
+def _sequences(ranked: Ranked, kept: slice, *, sign: int = 1) -> RankedSequences:
+    """What the store keeps of ranked sequences: extremes for priorities, NaN where there are none."""
+    priority_NR = np.asarray(ranked.priority_FR)[kept]
+    return RankedSequences(
+        score_NR=np.where(np.isfinite(priority_NR), sign * priority_NR, np.float32(np.nan)),
+        sequence_NR=np.asarray(ranked.sequence_FR)[kept],
+        activation_NRT=np.asarray(ranked.activation_FRT)[kept],
+    )
 
 
 def _quantiles(

@@ -1,5 +1,6 @@
 """From partial top-k states, one per data shard, to the one answer that the store keeps."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -26,18 +27,12 @@ class Ranked(NamedTuple):
 
 def merge_partials(reduction: LayerReduction, mesh: Mesh) -> dict[str, Ranked]:
     """Merge a layer's data shards. Only ranks travel in full; of activations just the winners."""
-    return {
-        kind: jax.jit(_merge, static_argnames="mesh")(top, mesh=mesh) for kind, top in reduction.tops.items()
-    }
+    return {kind: merge_top(top, mesh=mesh) for kind, top in reduction.tops.items()}
 
 
-def merge_sample(reduction: LayerReduction, mesh: Mesh) -> Float[Array, "F M"]:
-    """A layer's activations at the tokens drawn for quantiles, NaN where there are fewer."""
-    ranked = jax.jit(_merge, static_argnames="mesh")(reduction.tokens, mesh=mesh)
-    return ranked.activation_FRT[:, :, 0]
-
-
-def _merge(top: TopK, *, mesh: Mesh) -> Ranked:
+@functools.partial(jax.jit, static_argnames="mesh")
+def merge_top(top: TopK, mesh: Mesh) -> Ranked:
+    """Merge one top-k's data shards."""
     merge = jax.shard_map(
         _merge_shard,
         mesh=mesh,
@@ -54,22 +49,24 @@ def _merge_shard(top: TopK) -> Ranked:
     part = lax.axis_index("data")
 
     def gathered(x_RG: Array) -> Array:
-        """All parts' ranks side by side, [R * parts, F]."""
-        x_RF = jnp.broadcast_to(x_RG, (k, neurons)) if top.group_F is None else x_RG[:, top.group_F]
-        return lax.all_gather(x_RF, "data", axis=0, tiled=True)
+        """All parts' ranks side by side, [R * parts, G]; G is F where there are several groups."""
+        x_RG = x_RG if top.group_F is None else x_RG[:, top.group_F]
+        return lax.all_gather(x_RG, "data", axis=0, tiled=True)
 
-    owner_RF = jnp.full((k, neurons), part, jnp.int32)
     priority, sequence, owner, slot = lax.sort(
         (
             -gathered(top.priority_RG),
             gathered(top.sequence_RG),
-            gathered(owner_RF),
+            gathered(jnp.full(top.slot_RG.shape, part, jnp.int32)),
             gathered(top.slot_RG),
         ),
         dimension=0,
         num_keys=2,
     )
-    priority_FR, sequence_FR, owner_FR, slot_FR = (x[:k].T for x in (-priority, sequence, owner, slot))
+    # A group of all neurons is sorted once, and spread over them only then.
+    priority_FR, sequence_FR, owner_FR, slot_FR = (
+        jnp.broadcast_to(x[:k].T, (neurons, k)) for x in (-priority, sequence, owner, slot)
+    )
     mine_FRT = jnp.take_along_axis(top.activation_FRT, slot_FR[:, :, None], axis=1)
     # Every winner has one owner, so adding zeros from the others moves it unchanged.
     mine_FRT = jnp.where((owner_FR == part)[:, :, None], mine_FRT, 0)

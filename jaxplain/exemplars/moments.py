@@ -1,8 +1,9 @@
 """Running statistics of every neuron over all tokens that count: count, first four moments, fraction active.
 
-Each batch is summed about its own mean and merged into what came before by the pairwise rule of
-Chan, Golub & LeVeque (1979), which Pébay (2008) carries to higher powers, so that float32 does not
-cancel.
+Each batch is summed about the running mean and merged into what came before by the pairwise rule of Chan,
+Golub & LeVeque (1979), which Pébay (2008) carries to higher powers, so that float32 does not cancel. What the
+running sums round off is kept in a second word (Knuth, TAOCP 2, 4.2.2, theorem B): without it the kurtosis of
+a Gaussian was off by 1.2e-4 after 1e8 tokens.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, UInt
 
 _MOST_SLICES = 8
@@ -30,7 +32,9 @@ class PowerSums(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """`sums` are about `mean_F`; the first is not 0, but what rounding the mean left. Counts are of tokens.
+    """`sums` and what they have rounded off, `lost`, are about `mean_F`. Counts are of tokens.
+
+    The first sum is not 0, but what rounding the mean left.
 
     G is F, or 1 where the same tokens count for all neurons.
     In a `reduction.LayerReduction` the arrays have a leading axis P of data shards.
@@ -39,6 +43,7 @@ class Moments(NamedTuple):
     token_count_G: UInt[Array, "*P G"]
     mean_F: Float[Array, "*P F"]
     sums: PowerSums
+    lost: PowerSums
     active_F: UInt[Array, "*P F"]
 
 
@@ -48,6 +53,7 @@ def empty_moments(*, neurons: int, groups: int = 1) -> Moments:
         token_count_G=jnp.zeros(groups, jnp.uint32),
         mean_F=jnp.zeros(neurons, jnp.float32),
         sums=PowerSums(*(jnp.zeros(neurons, jnp.float32) for _ in PowerSums._fields)),
+        lost=PowerSums(*(jnp.zeros(neurons, jnp.float32) for _ in PowerSums._fields)),
         active_F=jnp.zeros(neurons, jnp.uint32),
     )
 
@@ -75,7 +81,13 @@ def update_moments(
     here_G = counted_BTG.sum(axis=(0, 1), dtype=jnp.uint32)
     count_G = moments.token_count_G + here_G
     divisor_G = jnp.maximum(here_G, 1).astype(jnp.float32)
-    centre_F = weighted_sum(lambda x_BTF: x_BTF) / divisor_G
+    seen_G = moments.token_count_G > 0
+    # A pass for the batch's own mean is needed only while some neuron has no other.
+    centre_F = lax.cond(
+        seen_G.all(),
+        lambda: moments.mean_F,
+        lambda: jnp.where(seen_G, moments.mean_F, weighted_sum(lambda x_BTF: x_BTF) / divisor_G),
+    )
 
     def deviations(power: int) -> Array:
         return weighted_sum(lambda x_BTF: (x_BTF - centre_F[None, None]) ** power)
@@ -87,29 +99,39 @@ def update_moments(
     shift_F = centre_F - moments.mean_F + sums.first_F / divisor_G
     mean_F = moments.mean_F + shift_F * share_here_G
     count_before_G = moments.token_count_G.astype(jnp.float32)
-    before = _recentred(moments.sums, count_before_G, by_F=mean_F - moments.mean_F)
+    moved = _recentring(moments.sums, count_before_G, by_F=mean_F - moments.mean_F)
     batch = _recentred(sums, here_G.astype(jnp.float32), by_F=mean_F - centre_F)
+    added = jax.tree.map(operator.add, moved, batch)
+    after = jax.tree.map(operator.add, moments.sums, added)
     return Moments(
         token_count_G=count_G,
         mean_F=mean_F,
-        sums=jax.tree.map(operator.add, before, batch),
+        sums=after,
+        lost=jax.tree.map(_still_lost, moments.lost, moments.sums, added, after),
         active_F=moments.active_F + weighted_sum(lambda x_BTF: x_BTF > active_above).astype(jnp.uint32),
     )
 
 
+def _still_lost(lost_F: Array, before_F: Array, added_F: Array, after_F: Array) -> Array:
+    """What is lost in all, now that `after_F` is the rounded sum of `before_F` and `added_F`."""
+    taken_F = after_F - before_F
+    return lost_F + ((before_F - (after_F - taken_F)) + (added_F - taken_F))
+
+
 def _recentred(sums: PowerSums, count: Any, *, by_F: Any) -> PowerSums:
     """The sums of powers of x - by, from those of x. With no tokens they stay 0, however far the shift."""
-    first_F, second_F, third_F, fourth_F = sums
+    return jax.tree.map(operator.add, sums, _recentring(sums, count, by_F=by_F))
+
+
+def _recentring(sums: PowerSums, count: Any, *, by_F: Any) -> PowerSums:
+    """What the sums of powers of x - by have more than those of x."""
+    first_F, second_F, third_F, _ = sums
     one_F = first_F - count * by_F
-    two_F = second_F - (first_F + one_F) * by_F
     return PowerSums(
-        first_F=one_F,
-        second_F=two_F,
-        third_F=third_F - 3 * second_F * by_F + (2 * first_F + one_F) * by_F * by_F,
-        fourth_F=fourth_F
-        - 4 * third_F * by_F
-        + 6 * second_F * by_F * by_F
-        - (3 * first_F + one_F) * by_F * by_F * by_F,
+        first_F=-count * by_F,
+        second_F=-(first_F + one_F) * by_F,
+        third_F=(2 * first_F + one_F) * by_F * by_F - 3 * second_F * by_F,
+        fourth_F=(6 * second_F * by_F - 4 * third_F) * by_F - (3 * first_F + one_F) * by_F * by_F * by_F,
     )
 
 
@@ -136,8 +158,9 @@ def merge_moments(parts: Moments) -> Statistics:
     count_PG = parts.token_count_G
     count_G = count_PG.sum(axis=0)
     with np.errstate(invalid="ignore"):
-        mean_F = np.sum(count_PG * parts.mean_F + parts.sums.first_F, axis=0) / count_G
-        sums = _recentred(parts.sums, count_PG, by_F=mean_F - parts.mean_F)
+        parted = jax.tree.map(operator.add, parts.sums, parts.lost)
+        mean_F = np.sum(count_PG * parts.mean_F + parted.first_F, axis=0) / count_G
+        sums = _recentred(parted, count_PG, by_F=mean_F - parts.mean_F)
         _, variance_F, third_F, fourth_F = (np.sum(sum_PF, axis=0) / count_G for sum_PF in sums)
         # What does not vary has sums of 0 or, by rounding, next to it.
         deviation_F = np.sqrt(np.where(variance_F > 0, variance_F, np.nan))

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from jaxplain.configs.extraction import NeuronsConfig
 from jaxplain.errors import JaxplainError
 from jaxplain.ranges import parse_range
+from jaxplain.store.neuron_id import NeuronId
 from jaxplain.subjects.architecture import Architecture
 
 
@@ -65,6 +66,36 @@ class Selection:
     def expert_of(self, layer: int) -> Int[np.ndarray, "N"]:
         """The expert of each of a layer's neurons; 0 in a plain MLP."""
         return np.searchsorted(_ends(self.arch, layer), self.indices[layer], side="right")
+
+    @property
+    def tokens_per_read(self) -> int:
+        """How many tokens there are for one that an expert reads on average, rounded up.
+
+        1 where no neuron of an expert that tokens are routed to is chosen.
+        """
+        arch = self.arch
+        routed = any((self.expert_of(layer) < arch.routed_experts(layer)).any() for layer in self.indices)
+        return -(-arch.experts // arch.experts_per_token) if routed else 1
+
+    def names(self, layer: int, numbers: Int[np.ndarray, "N"]) -> list[NeuronId]:
+        """What neurons of a layer are called."""
+        ends = _ends(self.arch, layer)
+        experts = np.searchsorted(ends, numbers, side="right")
+        first = ends - self.arch.expert_widths(layer)
+        return [
+            NeuronId.of(layer, expert if self.arch.experts else None, index)
+            for expert, index in zip(experts.tolist(), (numbers - first[experts]).tolist(), strict=True)
+        ]
+
+    def number_of(self, neuron: NeuronId) -> int | None:
+        """A neuron's number in its layer; None where it is not among those chosen."""
+        if neuron.layer not in self.indices or (neuron.expert is None) == bool(self.arch.experts):
+            return None
+        widths, expert = self.arch.expert_widths(neuron.layer), neuron.expert or 0
+        if not (0 <= expert < len(widths) and 0 <= neuron.index < widths[expert]):
+            return None
+        number = sum(widths[:expert]) + neuron.index
+        return number if number in self.indices[neuron.layer] else None
 
     def columns(self, layer: int) -> Int[np.ndarray, "N"]:
         """Where on the store's axis of neurons (or on those of experts and neurons, flattened) they stand."""

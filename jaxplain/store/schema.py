@@ -5,9 +5,12 @@
 <split>/{layer,neuron}                   coordinates: which layers and neurons the axes stand for
 <split>/sequences/token                  every sequence that was seen; its row is its id
 <split>/sequences/{corpus,document,start,length}    where each came from
-<split>/{max,min,random}/{score,sequence,activation}    exemplars, strongest first
+<split>/{max,min,random,quantile_sample}/{score,sequence,activation}    exemplars, strongest first
+<split>/quantile_sample/{stratum,level}  each rank's stratum; stratum s is from level s up to level s + 1
 <split>/stats/{count,mean,variance,skewness,kurtosis,fraction_active,quantile}
 <split>/quantile                         coordinate: the levels of stats/quantile
+<split>/token_table/{chosen_layer,chosen_neuron}    neurons whose mean activation is known for every token
+<split>/token_table/{max,min}/{token,mean,count}    the tokens with the highest, and with the lowest means
 
 Where the subject is a mixture of experts, a neuron is one of an expert, and all arrays of neurons have an
 axis `expert` before that of neurons:
@@ -19,7 +22,9 @@ axis `expert` before that of neurons:
 Experts are numbered from 0; a shared expert has the number after the last one that tokens are routed to. A
 layer with a plain MLP has that as its only expert, 0. The axes are as long as the most experts and the widest
 expert need; neurons that do not exist are like those that were not asked for. A token that is not routed to
-an expert does not count for its neurons.
+an expert does not count for its neurons: of the tokens drawn for stats/quantile those that are routed to it
+are its sample, sequences without one are in none of its exemplars, of any kind, and strata are of those with
+one. The neurons of token_table are named by `chosen_expert` as well.
 
 Chunks hold whole neurons, so that one neuron is one read; shards keep the number of files low.
 """
@@ -34,6 +39,7 @@ STORE_NAME = "exemplars.zarr"
 
 STATISTICS = ("count", "mean", "variance", "skewness", "kurtosis", "fraction_active")
 QUANTILE = "quantile"
+TOKEN_TABLE = "token_table"
 
 _ROWS_PER_CHUNK = 64
 _CHUNKS_PER_SHARD = 1024
@@ -74,6 +80,11 @@ class ArraySpec:
             "dimension_names": list(self.dimensions),
             "attributes": {},
         }
+
+
+def group_of(kind: str) -> str:
+    """The group with the exemplars of a kind; `quantile` itself is a coordinate."""
+    return "quantile_sample" if kind == "quantile" else kind
 
 
 def group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:
@@ -122,12 +133,20 @@ def shared_array(*, layers: int, experts: int) -> ArraySpec:
 
 
 def kind_arrays(
-    *, layers: int, neurons: int, k: int, tokens: int, activation_dtype: str, experts: int | None = None
+    *,
+    layers: int,
+    neurons: int,
+    k: int,
+    tokens: int,
+    activation_dtype: str,
+    experts: int | None = None,
+    strata: int = 0,
 ) -> dict[str, ArraySpec]:
     """Exemplars of one kind. Empty ranks have sequence -1 and NaN elsewhere.
 
-    `score` is the extreme activation itself for max and min, and the drawn number for random.
-    `activation` is NaN at tokens that do not count.
+    `score` is the extreme activation itself for max and min, the highest for quantile, and the drawn
+    number for random. `activation` is NaN at tokens that do not count. Where there are `strata`, each rank
+    has the number of one, and `level` is where they begin and end.
     """
     # One neuron's activations are a chunk; 64 MiB or so, and at most a layer, are a shard.
     bytes_per_neuron = k * tokens * (2 if activation_dtype == "float16" else 4)
@@ -146,7 +165,10 @@ def kind_arrays(
             shard=(1, *all_experts, math.ceil(neurons / per_chunk) * per_chunk, k),
         )
 
-    return {
+    parted = (
+        {"stratum": ranked("int32", -1), "level": vector("edge", strata + 1, "float64")} if strata else {}
+    )
+    return parted | {
         "score": ranked("float32", "NaN"),
         "sequence": ranked("int32", -1),
         "activation": ArraySpec(
@@ -163,6 +185,35 @@ def kind_arrays(
 def _expert_axis(experts: int | None) -> tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]:
     """The name of the axis, and the lengths of one expert and of all; nothing where there are none."""
     return ((), (), ()) if experts is None else (("expert",), (1,), (experts,))
+
+
+def name_axes(*, has_experts: bool) -> tuple[str, ...]:
+    """The axes along which a neuron is found, by which it is called."""
+    return ("layer", "expert", "neuron") if has_experts else ("layer", "neuron")
+
+
+def token_table_arrays(*, neurons: int, tokens: int, has_experts: bool = False) -> dict[str, ArraySpec]:
+    """Vocabulary tokens by mean activation, the furthest first, over all tokens that count.
+
+    Empty ranks have token -1, mean NaN and count 0.
+    """
+
+    def spec(dtype: str, fill: int | str) -> ArraySpec:
+        chunk = (min(neurons, _NEURONS_PER_CHUNK), tokens)
+        return ArraySpec(
+            dimensions=("chosen", "rank"),
+            shape=(neurons, tokens),
+            dtype=dtype,
+            fill=fill,
+            chunk=chunk,
+            shard=(math.ceil(neurons / chunk[0]) * chunk[0], tokens),
+        )
+
+    names = {
+        f"chosen_{axis}": vector("chosen", neurons, "int32") for axis in name_axes(has_experts=has_experts)
+    }
+    ranked = {"token": spec("int32", -1), "mean": spec("float32", "NaN"), "count": spec("int64", 0)}
+    return names | {f"{sign}/{name}": array for sign in ("max", "min") for name, array in ranked.items()}
 
 
 def statistics_arrays(

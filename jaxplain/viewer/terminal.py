@@ -12,6 +12,7 @@ from jaxplain.errors import JaxplainError
 from jaxplain.store.explanations import Explanation
 from jaxplain.store.neuron_id import NeuronId, neuron_of
 from jaxplain.store.reader import Exemplar, Neuron, Store
+from jaxplain.store.schema import group_of
 
 _BACKGROUNDS = {
     1: ("#3d2b00", "#7a5500", "#b87f00", "#ffb000"),
@@ -24,10 +25,11 @@ def print_neuron(neuron: Neuron, console: Console, *, kind: str = "max", limit: 
     """A neuron's statistics and its strongest excerpts of a kind."""
     stats = neuron.stats
     shared = "reads every token; " if neuron.expert is not None and neuron.is_shared else ""
+    threshold = neuron.split.store.config.get("statistics", {}).get("active_above", 0.0)
     console.print(
         f"[bold]{neuron.id}[/bold] "
         f"[dim]{shared}{neuron.split.name}, {kind}; over {stats.count:,} tokens: mean {stats.mean:.3f}, "
-        f"deviation {stats.variance**0.5:.3f}, above zero {stats.fraction_active:.1%}[/dim]",
+        f"deviation {stats.variance**0.5:.3f}, above {threshold or 'zero'} {stats.fraction_active:.1%}[/dim]",
         highlight=False,
         soft_wrap=True,
     )
@@ -64,7 +66,8 @@ def print_explanations(explanations: Sequence[Explanation], console: Console) ->
 
 
 def _most_peaked(store: Store, split: str, kind: str, place: int) -> NeuronId:
-    arrays = store[split].layer_arrays(place, f"{kind}/score", "stats/mean", "stats/variance")
+    names = (f"{group_of(kind)}/score", "stats/mean", "stats/variance")
+    arrays = store[split].layer_arrays(place, *names)
     neurons, places = zip(*store[split].neurons_of(place), strict=True)
     at = tuple(np.transpose(places))
     scores_FR, mean_F, variance_F = (array[at] for array in arrays)
