@@ -19,11 +19,12 @@ from jaxplain.configs.finetuning import FinetuneConfig
 from jaxplain.configs.scoring import ScoreConfig
 from jaxplain.errors import JaxplainError
 from jaxplain.exemplars.estimates import estimate, flops_per_token
+from jaxplain.exemplars.strata import kept_of_draws, plan_strata
 from jaxplain.extract import main
 from jaxplain.subjects.architecture import Architecture
 from jaxplain.subjects.decoder import Decoder
 from jaxplain.subjects.families import architecture_of
-from tests import tiny
+from tests import families, tiny
 from tests.subjects.test_families import PUBLISHED
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -99,8 +100,10 @@ def test_the_header_says_what_a_run_takes(name):
     assert int(neurons.replace(",", "")) == arch.layers * arch.neurons
 
 
-def test_the_estimated_bytes_are_those_of_a_store(tmp_path):
-    tiny.write_model(tmp_path / "model")
+@pytest.mark.parametrize("model", [{}, families.QWEN2_MOE | {"mlp_only_layers": [1]}])
+@pytest.mark.parametrize("more", [False, True])
+def test_the_estimated_bytes_are_those_of_a_store(tmp_path, model, more):
+    tiny.write_model(tmp_path / "model", model)
     tiny.write_corpus(tmp_path / "docs.jsonl", 150)
     arguments = [
         *("--subject.id", str(tmp_path / "model"), "--output", str(tmp_path / "run")),
@@ -108,15 +111,17 @@ def test_the_estimated_bytes_are_those_of_a_store(tmp_path):
         *("--corpus.sequence_length", "20", "--corpus.max_sequences", "30", "--exemplars.k", "7"),
         *("--neurons.layers", "[0, 2]", "--neurons.indices", "0:48:3", "--run.batch_size", "8"),
         *("--run.progress", "false"),
+        *(("--neurons.experts", "all") if model else ()),
+        *(("--exemplars.kinds", "[max, quantile]", "--statistics.tokens.neurons", "5") if more else ()),
     ]
     main(arguments)
     config, _ = parse_config(config_parser(ExtractConfig, prog="test"), ExtractConfig, arguments)
     arch = architecture_of(AutoConfig.from_pretrained(tmp_path / "model"))
     root = zarr.open_group(tmp_path / "run" / "exemplars.zarr", mode="r")
-    groups = [root[split][group] for split in ("train", "valid") for group in root[split].group_keys()]
-    assert estimate(config, arch).store_bytes == sum(
-        array.nbytes for group in groups for _, array in group.arrays()
-    )
+    members = root.members(max_depth=None)
+    arrays = [array for name, array in members if name.count("/") >= 2 and isinstance(array, zarr.Array)]
+    assert len(arrays) > 20
+    assert estimate(config, arch).store_bytes == sum(array.nbytes for array in arrays)
 
 
 def test_estimates_count_what_a_run_reads(tmp_path):
@@ -133,6 +138,13 @@ def test_estimates_count_what_a_run_reads(tmp_path):
     half = estimate(change(config, exemplars=change(config.exemplars, kinds=["max", "random"])), arch)
     top = 256 * 4 * 100 * (2 * 96 + 12)  # activations, priority, sequence and slot
     assert whole.reduction_bytes - half.reduction_bytes == top
+    strata = change(config.exemplars, kinds=["max", "min", "random", "quantile"])
+    kept = kept_of_draws(plan_strata(strata.strata, wanted=strata.samples_per_quantile, rows=1000))
+    parted = estimate(change(config, exemplars=strata), arch)
+    assert parted.reduction_bytes - whole.reduction_bytes == sum(kept.values()) * top // 100
+    tables = change(config.statistics.tokens, neurons=[[0, 1], [0, 2], [3, 5]])
+    tabled = estimate(change(config, statistics=change(config.statistics, tokens=tables)), arch)
+    assert tabled.reduction_bytes - whole.reduction_bytes == 3 * (100 * 8 + 4) + 2 * 100 * 4
     assert whole.flops == 2 * 1000 * 96 * flops_per_token(arch, 4, 96)
     assert whole.hours(peak=whole.flops, utilisation=0.5) == 2 / 3600
 
@@ -144,6 +156,24 @@ def test_how_many_sequences_there_are_must_be_known():
     arch = architecture_of(AutoConfig.for_model(**LLAMA3))
     with pytest.raises(JaxplainError, match=r"say what you expect in corpus\.expected_sequences"):
         estimate(config, arch)
+
+
+def test_estimates_of_a_mixture_count_all_experts():
+    arch = Architecture(
+        vocabulary=100, layers=3, width=64, neurons=96, query_heads=4, key_value_heads=2, head_width=16,
+        max_positions=64, experts=6, experts_per_token=2, expert_neurons=32, shared_neurons=16,
+        dense_layers=(True, False, False),
+    )  # fmt: skip
+    of_neurons = 3 * 64 * (96 + 2 * 208) - 64 * 208 + 64 * 6 * 2
+    assert flops_per_token(arch, 3, 96) == 2 * (3 * (64 * 64 * 2 + 64 * 64 + 2 * 96 * 64) + of_neurons)
+    config = read(CONFIGS / "extract" / "smollm2.yaml")
+    change = dataclasses.replace
+    few, more = (
+        estimate(change(config, statistics=change(config.statistics, sampled_tokens=number)), arch)
+        for number in (10, 11)
+    )
+    # Three tokens are drawn for one that a routed expert reads.
+    assert more.reduction_bytes - few.reduction_bytes == 3 * 2 * (96 + 2 * 208)
 
 
 @pytest.mark.parametrize("gated", [True, False])

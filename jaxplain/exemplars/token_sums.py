@@ -19,8 +19,8 @@ class TokenSums(NamedTuple):
     """The running sums of C chosen neurons; the sum proper is `sum_VC + carry_VC`.
 
     `neuron_C` are the neurons' places among those of the model shard. G is C, or 1 where the same tokens
-    count for all neurons. In a `reduction.LayerReduction` the
-    arrays have a leading axis P of data shards, and C is spread over `model`, as many on each shard.
+    count for all neurons. In a `reduction.LayerReduction` the arrays have a leading axis P of data shards,
+    and C is spread over `model`, as many on each shard.
     """
 
     neuron_C: Int[Array, "*P C"]
