@@ -100,7 +100,7 @@ def test_the_header_says_what_a_run_takes(name):
     assert int(neurons.replace(",", "")) == arch.layers * arch.neurons
 
 
-@pytest.mark.parametrize("model", [{}, families.QWEN2_MOE | {"mlp_only_layers": [1]}])
+@pytest.mark.parametrize("model", [tiny.LLAMA, families.QWEN2_MOE | {"mlp_only_layers": [1]}])
 @pytest.mark.parametrize("more", [False, True])
 def test_the_estimated_bytes_are_those_of_a_store(tmp_path, model, more):
     tiny.write_model(tmp_path / "model", model)
@@ -111,7 +111,7 @@ def test_the_estimated_bytes_are_those_of_a_store(tmp_path, model, more):
         *("--corpus.sequence_length", "20", "--corpus.max_sequences", "30", "--exemplars.k", "7"),
         *("--neurons.layers", "[0, 2]", "--neurons.indices", "0:48:3", "--run.batch_size", "8"),
         *("--run.progress", "false"),
-        *(("--neurons.experts", "all") if model else ()),
+        *(("--neurons.experts", "all") if "num_experts" in model else ()),
         *(("--exemplars.kinds", "[max, quantile]", "--statistics.tokens.neurons", "5") if more else ()),
     ]
     main(arguments)
