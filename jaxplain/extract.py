@@ -14,7 +14,8 @@ from jaxplain.commands import add_flag, config_parser, parse_config, run
 from jaxplain.configs.extraction import CorpusConfig, ExtractConfig, recorded
 from jaxplain.corpora.sources import Source, open_source
 from jaxplain.corpora.tokens import TokenTable, write_token_table
-from jaxplain.corpora.windows import prefix_of
+from jaxplain.corpora.windows import prefix_of, reading
+from jaxplain.corpora.workers import Work, open_workers, worker_count
 from jaxplain.errors import JaxplainError
 from jaxplain.exemplars.extraction import Extraction
 from jaxplain.exemplars.selection import select_neurons
@@ -68,22 +69,33 @@ def extract(config: ExtractConfig, *, overwrite: bool = False) -> None:
     ]
     for source in sources:
         prefix_of(source, config.corpus, subject.tokenizer)  # what it raises, it had better raise at once
-    step, weights = make_step(
-        subject.load(mesh, depth=selection.depth), mesh, active_above=config.statistics.active_above
-    )
-    extraction = Extraction(
-        config=config,
-        mesh=mesh,
-        selection=selection,
-        step=step,
-        weights=weights,
-        excluded=_excluded_tokens(config.corpus, subject),
-        mlp_width=subject.arch.neurons,
-    )
+    sequences = config.corpus.max_sequences * len(config.exemplars.splits)
+    workers = worker_count(config.run.input_workers, sequences=sequences)
+    # They start while the weights load.
+    with open_workers(workers, reading(sources, subject.tokenizer)) as work:
+        step, weights = make_step(
+            subject.load(mesh, depth=selection.depth), mesh, active_above=config.statistics.active_above
+        )
+        extraction = Extraction(
+            config=config,
+            mesh=mesh,
+            selection=selection,
+            step=step,
+            weights=weights,
+            excluded=_excluded_tokens(config.corpus, subject),
+            mlp_width=subject.arch.neurons,
+        )
+        writer = StoreWriter(path, _attributes(config, subject, sources))
+        writer.write_vocabulary(token_bytes(subject.tokenizer, subject.arch.vocabulary))
+        _extract_splits(extraction, writer, sources, subject, work)
 
-    writer = StoreWriter(path, _attributes(config, subject, sources))
-    writer.write_vocabulary(token_bytes(subject.tokenizer, subject.arch.vocabulary))
+
+def _extract_splits(
+    extraction: Extraction, writer: StoreWriter, sources: Sequence[Source], subject: Subject, work: Work
+) -> None:
+    config = extraction.config
     progress = progress_bars(enabled=config.run.progress and jax.process_index() == 0)
+    seconds = {}
     for split in config.exemplars.splits:
         table = write_token_table(
             writer,
@@ -93,11 +105,19 @@ def extract(config: ExtractConfig, *, overwrite: bool = False) -> None:
             subject.tokenizer,
             progress,
             vocabulary=subject.arch.vocabulary,
+            work=work,
         )
         if jax.process_index() == 0:
             _report(split, table, config.corpus)
-        extraction.run_split(writer, split, progress)
-    writer.finish()
+        clock = extraction.run_split(writer, split, progress)
+        seconds[split] = {"cut": table.seconds, "read": clock.total, "waited_for_input": clock.waited}
+        if jax.process_index() == 0:
+            print(
+                f"{split}: {table.rows:,} sequences cut in {table.seconds:.1f} s and read in "
+                f"{clock.total:.1f} s, of which the devices waited {clock.waited:.1f} s "
+                f"({clock.waited / clock.total:.1%}) for input"
+            )
+    writer.finish(seconds=seconds)
 
 
 def _report(split: str, table: TokenTable, config: CorpusConfig) -> None:

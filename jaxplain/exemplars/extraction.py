@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int
 from jaxplain.configs.extraction import ExtractConfig
 from jaxplain.corpora.tokens import TokenBatch, token_batches
 from jaxplain.errors import JaxplainError
+from jaxplain.exemplars.clock import InputClock
 from jaxplain.exemplars.merging import merge_partials, merge_sample
 from jaxplain.exemplars.moments import merge_moments
 from jaxplain.exemplars.quantiles import lower_tail, quantiles, upper_tail
@@ -38,8 +39,8 @@ class Extraction:
     excluded: frozenset[int]
     mlp_width: int
 
-    def run_split(self, writer: StoreWriter, split: str, progress: Progress) -> None:
-        """Extract a split whose token table is written already."""
+    def run_split(self, writer: StoreWriter, split: str, progress: Progress) -> InputClock:
+        """Extract a split whose token table is written already; how long reading it took."""
         config = self.config
         table = writer.read_sequences(split)
         rows, tokens = table["token"].shape
@@ -49,9 +50,10 @@ class Extraction:
                 "that can be counted; lower corpus.max_sequences or spread over more devices."
             )
         batches = token_batches(table, batch_size=config.run.batch_size, seed=config.corpus.seed)
+        clock = InputClock()
         try:
-            with progress(total=rows, desc=f"{split}: read", unit="sequences") as bar:
-                reductions = self._reduce(batches, bar.update)
+            with progress(total=rows, desc=f"{split}: read", unit="sequences") as bar, clock:
+                reductions = self._reduce(batches, bar.update, clock)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -73,8 +75,11 @@ class Extraction:
         )
         with progress(total=len(reductions), desc=f"{split}: write", unit="layers") as bar:
             self._write(reductions, out, bar.update)
+        return clock
 
-    def _reduce(self, batches: Iterable[TokenBatch], advance: Callable[[int], Any]) -> Reductions:
+    def _reduce(
+        self, batches: Iterable[TokenBatch], advance: Callable[[int], Any], clock: InputClock
+    ) -> Reductions:
         neurons = self._padded_neurons()
         exemplars = self.config.exemplars
         reductions = {
@@ -90,9 +95,13 @@ class Extraction:
             for layer in self.selection.indices
         }
         pending = 0
-        for batch in batches:
-            rows = self._rows(batch)
-            # Rows are made ready while the step before runs; waiting for it keeps progress honest.
+
+        def idle() -> bool:
+            return jax.tree.leaves(reductions)[-1].is_ready()
+
+        # Rows are made ready while the step before runs; waiting for it then keeps progress honest.
+        ready = ((batch, self._rows(batch)) for batch in batches)
+        for batch, rows in clock.over(ready, idle=idle):
             jax.block_until_ready(reductions)
             advance(pending)
             reductions = self.step(reductions, self.weights, rows, neurons)
