@@ -14,7 +14,7 @@ from jaxplain.commands import add_flag, config_parser, parse_config, run
 from jaxplain.configs.extraction import CorpusConfig, ExtractConfig, recorded
 from jaxplain.corpora.sources import Source, open_source
 from jaxplain.corpora.tokens import TokenTable, write_token_table
-from jaxplain.corpora.windows import prefix_of, reading
+from jaxplain.corpora.windows import prefix_of, reading, sequences_to_cut
 from jaxplain.corpora.workers import Work, open_workers, worker_count
 from jaxplain.errors import JaxplainError
 from jaxplain.exemplars.extraction import Extraction
@@ -69,7 +69,7 @@ def extract(config: ExtractConfig, *, overwrite: bool = False) -> None:
     ]
     for source in sources:
         prefix_of(source, config.corpus, subject.tokenizer)  # what it raises, it had better raise at once
-    sequences = config.corpus.max_sequences * len(config.exemplars.splits)
+    sequences = sequences_to_cut(sources, config.corpus, splits=len(config.exemplars.splits))
     workers = worker_count(config.run.input_workers, sequences=sequences)
     # They start while the weights load.
     with open_workers(workers, reading(sources, subject.tokenizer)) as work:

@@ -345,8 +345,8 @@ class RunConfig:
         batch_size: Sequences per step, over all devices.
         mesh: How devices are arranged.
         input_workers: Processes that tokenise the corpus and cut it into sequences, which are the same for
-            any number of them; 0 does it in the run's own process. By default one per core, 8 at most, where
-            20,000 sequences or more are asked for (or all that there are), and otherwise 0.
+            any number of them; 0 does it in the run's own process. By default one per core, 8 at most, for
+            20,000 sequences or more (or documents, where all are read; or a stream of them), otherwise 0.
         progress: Show progress bars.
     """
 

@@ -19,7 +19,7 @@ def split_of(document: int, splits: Mapping[str, float]) -> str | None:
     It depends on the id and the shares alone, so that another seed never moves a document from
     the data that is scored to the data that is explained.
     """
-    number = int(splits_of(np.array([document], np.uint64), splits)[0])
+    number = int(splits_of(np.array([document], np.int64), splits)[0])
     return list(splits)[number] if number < len(splits) else None
 
 

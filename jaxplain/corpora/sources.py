@@ -52,6 +52,11 @@ class Source:
     shuffle_buffer: int = 0
     failed: Callable[[Exception], JaxplainError] = JaxplainError
 
+    @property
+    def size(self) -> int | None:
+        """How many records there are; None for a stream."""
+        return None if isinstance(self.records, datasets.IterableDataset) else len(self.records)
+
     def blocks(self, *, seed: int, first: int = 0) -> Iterator[RecordBlock]:
         """All records from block number `first` on, in an order drawn by the seed."""
         if not isinstance(self.records, datasets.IterableDataset):

@@ -43,6 +43,15 @@ def reading(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> Re
     return Reading(sources=tuple(source.without_stream() for source in sources), tokenizer=tokenizer)
 
 
+def sequences_to_cut(sources: Sequence[Source], config: CorpusConfig, *, splits: int) -> int | None:
+    """How many sequences there will be, or as many as there are documents, if so much is known beforehand."""
+    wanted = config.max_sequences or config.expected_sequences
+    if wanted:
+        return wanted * splits
+    sizes = [source.size for source in sources]
+    return None if None in sizes else sum(size for size in sizes if size)
+
+
 def windows_of_split(
     sources: Sequence[Source],
     config: CorpusConfig,

@@ -35,12 +35,13 @@ _WORTH_WORKERS = 20_000  # sequences; fewer are cut before the processes would h
 _shared: Any = None
 
 
-def worker_count(chosen: int | None, *, sequences: int) -> int:
-    """How many workers to start for a corpus of so many sequences (0: all that there are)."""
+def worker_count(chosen: int | None, *, sequences: int | None) -> int:
+    """How many workers to start, where none are chosen, for about so many sequences (None: no one knows)."""
     if chosen is not None:
         return chosen
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, _MOST) if cores > 1 and not 0 < sequences < _WORTH_WORKERS else 0
+    worth = sequences is None or sequences >= _WORTH_WORKERS
+    return min(cores, _MOST) if worth and cores > 1 else 0
 
 
 def in_this_process(shared: Any) -> Work:

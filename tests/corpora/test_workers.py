@@ -14,7 +14,7 @@ import pytest
 
 from jaxplain.configs.extraction import RunConfig, SourceConfig
 from jaxplain.corpora.sources import open_source
-from jaxplain.corpora.windows import reading, windows_of_split
+from jaxplain.corpora.windows import reading, sequences_to_cut, windows_of_split
 from jaxplain.corpora.workers import in_this_process, open_workers, worker_count
 from jaxplain.errors import JaxplainError
 from tests import tiny
@@ -245,14 +245,23 @@ def test_workers_do_not_outlive_a_run_that_is_killed(script):
 def test_how_many_workers(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
     assert worker_count(None, sequences=19_999) == 0
-    assert worker_count(None, sequences=20_000) == worker_count(None, sequences=0) == 4
+    assert worker_count(None, sequences=20_000) == worker_count(None, sequences=None) == 4
     assert [worker_count(chosen, sequences=10) for chosen in (0, 3)] == [0, 3]
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
-    assert worker_count(None, sequences=0) == 8
+    assert worker_count(None, sequences=None) == 8
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(1), raising=False)
-    assert worker_count(None, sequences=0) == 0
+    assert worker_count(None, sequences=None) == 0
     with pytest.raises(JaxplainError, match=r"run.input_workers is -1; give 0 for none"):
         RunConfig(input_workers=-1)
+
+
+def test_how_many_sequences_there_will_be(sources):
+    some = sources[:2]
+    assert sequences_to_cut(some, config(max_sequences=50), splits=3) == 150
+    assert sequences_to_cut(some, config(expected_sequences=70), splits=2) == 140
+    assert sequences_to_cut(some, config(), splits=2) == 83 + 40
+    assert sequences_to_cut(sources, config(), splits=2) is None
+    assert sequences_to_cut(sources, config(max_sequences=50), splits=1) == 50
 
 
 def test_a_stream_is_not_given_to_workers(sources, tokenizer):
