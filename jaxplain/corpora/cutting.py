@@ -41,17 +41,17 @@ class TokenisedDocuments:
         )
 
 
-def tokenised(documents: Sequence[tuple[int, Sequence[int]]]) -> TokenisedDocuments:
-    """Documents of ids and tokens, end to end."""
-    lengths = [len(tokens) for _, tokens in documents]
-    token_M = np.empty(sum(lengths), np.int32)
-    place_N = np.cumsum([0, *lengths], dtype=np.int64)
-    for place, length, (_, tokens) in zip(place_N, lengths, documents, strict=False):
-        token_M[place : place + length] = tokens
+def end_to_end(
+    ids: Sequence[int], tokens: Sequence[Int[np.ndarray, "_"]], *, separator: Sequence[int] = ()
+) -> TokenisedDocuments:
+    """Documents of these ids and tokens, each followed by the separator."""
+    after = np.array(separator, np.int32)
+    ends = np.cumsum([0, *(len(its) + len(after) for its in tokens)], dtype=np.int64)
+    pieces = [piece for its in tokens for piece in (its, after)]
     return TokenisedDocuments(
-        token_M=token_M,
-        place_N=place_N[:-1],
-        document_N=np.array([document for document, _ in documents], np.int64),
+        token_M=np.concatenate([np.empty(0, np.int32), *pieces]),
+        place_N=ends[:-1],
+        document_N=np.array(ids, np.int64),
     )
 
 
@@ -134,7 +134,7 @@ class _PackedWindowsIterator(grain.DatasetIterator[SequenceBlock]):
     def __init__(self, dataset: PackedWindows, documents: grain.DatasetIterator[TokenisedDocuments]):
         super().__init__(documents)
         self._dataset = dataset
-        self._held, self._shown = tokenised([]), 0
+        self._held, self._shown = end_to_end([], []), 0
 
     def __next__(self) -> SequenceBlock:
         room, stride = self._dataset.frame.room, self._dataset.stride
@@ -153,7 +153,7 @@ class _PackedWindowsIterator(grain.DatasetIterator[SequenceBlock]):
         if rest <= self._shown:
             raise StopIteration
         block = self._cut(np.array([0]), np.array([rest]))
-        self._held, self._shown = tokenised([]), 0
+        self._held, self._shown = end_to_end([], []), 0
         return block
 
     def _cut(self, place_W: Int[np.ndarray, "W"], length_W: Int[np.ndarray, "W"]) -> SequenceBlock:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
+import numpy as np
+from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
 from jaxplain.configs.extraction import CorpusConfig
@@ -17,9 +19,9 @@ from jaxplain.corpora.cutting import (
     Frame,
     PackedWindows,
     TokenisedDocuments,
+    end_to_end,
     head_windows,
     random_windows,
-    tokenised,
 )
 from jaxplain.corpora.mixing import Mixture
 from jaxplain.corpora.prefixes import bos_prefix, chat_prefix
@@ -107,25 +109,41 @@ def _cut_block(
     packed = config.windows == "packed"
     separator = _as_list(tokenizer.eos_token_id) if config.separator and packed else []
     tokens = tokenise([document.text for document in documents], tokenizer)
-    ids = [document.id for document in documents]
-    joined = tokenised([(document, [*its, *separator]) for document, its in zip(ids, tokens, strict=True)])
+    joined = end_to_end([document.id for document in documents], tokens, separator=separator)
     if config.windows == "head":
         return head_windows(joined, frame)
     return joined if packed else random_windows(joined, frame, seed=config.seed)
 
 
-def tokenise(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def tokenise(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Int[np.ndarray, "_"]]:
     """The token ids of each text, without any special tokens around it."""
-    if not texts:
-        return []
-    encoding = tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    return encoding["input_ids"]  # type: ignore[return-value]
+    found = []
+    for some in _batches(texts):
+        encoding = tokenizer(
+            some,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        found += [np.array(ids, np.int32) for ids in encoding["input_ids"]]  # type: ignore[union-attr]
+    return found
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts by batches of not much more than so many characters, since encodings take much memory."""
+    batch, characters = [], 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= _CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+_CHARACTERS = 2**20
 
 
 class _Worked(grain.IterDataset[Any]):

@@ -102,6 +102,7 @@ def test_the_sequences_do_not_depend_on_the_size_of_blocks(sources, tokenizer, m
         expected, *_ = blocks_of(sources, config(**fields), tokenizer, None)
         with monkeypatch.context() as patched:
             patched.setattr("jaxplain.corpora.records.BLOCK", block)
+            patched.setattr("jaxplain.corpora.windows._CHARACTERS", block)
             found, *_ = blocks_of(sources, config(**fields), tokenizer, None)
         for name, values in expected.items():
             np.testing.assert_array_equal(found[name], values)
