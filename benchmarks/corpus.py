@@ -2,13 +2,13 @@
 
     python benchmarks/corpus.py [--workers 0 1 2]
 
-Sequences of 96 tokens by SmolLM2's tokenizer, from the packaged corpora (leads of Wikipedia articles, several
-times over; conversations through the chat template), as `python -m jaxplain.extract` does it, without the
-subject. `rate` is sequences per second from the moment that the workers are ready, and `per_core` sequences
-per second of processor time, of this process and the workers together. 0 workers are this process alone,
-with one thread (and once more with as many as the tokenizers library takes). `feed` is what a device gets:
-batches read from the table. Each figure is the median of `--repeats` runs; that the table is the same for all
-numbers of workers is checked. Prints JSON.
+10,000 sequences of 96 tokens by SmolLM2's tokenizer, from the packaged corpora (leads of Wikipedia articles,
+and conversations through the chat template), as `python -m jaxplain.extract` makes them.
+`rate` is sequences per second from the moment that the workers are ready, and `per_core` sequences per second
+of processor time, of this process and the workers together. 0 workers are this process alone, with one thread
+(and once more with as many as the tokenizers library takes). `feed` is what a device gets: batches read from
+the table. Each figure is the median of `--repeats` runs. The table must be the same for all numbers of workers.
+Prints JSON.
 """
 
 import argparse
@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 
 from jaxplain.configs.extraction import CorpusConfig, SourceConfig, SubjectConfig
-from jaxplain.corpora.presets import resolve
 from jaxplain.corpora.sources import Source, open_source
 from jaxplain.corpora.tokens import token_batches, write_token_table
 from jaxplain.corpora.windows import reading
@@ -45,6 +44,7 @@ KINDS = {
     "random": ("text", "random"),
     "chat": ("chat", "packed"),
 }
+SEQUENCES = 10_000
 PRESETS = {"text": "wikipedia-leads", "chat": "chitchat"}
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -67,19 +67,10 @@ def worker_megabytes() -> list[int]:
     return [int(fields[1]) * resource.getpagesize() // 2**20 for fields in pages]
 
 
-def open_corpus(layout: str, folder: Path, subject: Subject, *, copies: int) -> Source:
-    given = resolve(SourceConfig(preset=PRESETS[layout]), folder=None)
-    text = Path(str(given.data_files)).read_text(encoding="utf-8")
-    file = folder / f"{layout}.jsonl"
-    file.write_text(text * copies, encoding="utf-8")
-    column: dict[str, Any] = {"chat_column": "messages"} if layout == "chat" else {}
-    return open_source(SourceConfig(dataset="json", data_files=str(file), **column), subject.tokenizer)
-
-
 def corpus(windows: Any) -> CorpusConfig:
     sources = (SourceConfig(preset="wikipedia-leads"),)
     return CorpusConfig(
-        sources=sources, splits={"train": 1.0}, sequence_length=96, max_sequences=0, windows=windows
+        sources=sources, splits={"train": 1.0}, sequence_length=96, max_sequences=SEQUENCES, windows=windows
     )
 
 
@@ -156,7 +147,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--subject", default="smollm2-135m-instruct", help="whose tokenizer")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--copies", type=int, default=3, help="how often the text corpus is repeated")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -165,8 +155,10 @@ def main() -> None:
     report |= {"subject": subject.id, "sequence_length": 96}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        copies = {"text": options.copies, "chat": 1}
-        sources = {name: open_corpus(name, folder, subject, copies=copies[name]) for name in PRESETS}
+        sources = {
+            layout: open_source(SourceConfig(preset=preset), subject.tokenizer)
+            for layout, preset in PRESETS.items()
+        }
         expected: dict[str, str] = {}
         for workers in options.workers:
             found, hashes = measure_cutting(
