@@ -4,10 +4,11 @@
 
 10,000 sequences of 96 tokens by SmolLM2's tokenizer, from the packaged corpora (leads of Wikipedia articles,
 and conversations through the chat template), as `python -m jaxplain.extract` makes them.
+
 `rate` is sequences per second from the moment that the workers are ready, and `per_core` sequences per second
 of processor time, of this process and the workers together. 0 workers are this process alone, with one thread
 (and once more with as many as the tokenizers library takes). `feed` is what a device gets: batches read from
-the table. Each figure is the median of `--repeats` runs. The table must be the same for all numbers of workers.
+the table. Each figure is the median of `--repeats` runs; all numbers of workers must make the same table.
 Prints JSON.
 """
 
