@@ -1,7 +1,6 @@
 """python -m jaxplain.extract: find the exemplars of every neuron of a model, in one pass over a corpus."""
 
 import dataclasses
-import itertools
 import shlex
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,8 @@ from jaxplain.commands import add_count, add_flag, config_parser, parse_config, 
 from jaxplain.configs.extraction import CorpusConfig, ExtractConfig, recorded
 from jaxplain.corpora.sources import Source, open_source
 from jaxplain.corpora.tokens import TokenTable, write_token_table
-from jaxplain.corpora.windows import prefix_of, windows_of_split
+from jaxplain.corpora.windows import prefix_of, reading, sequences_to_cut, windows_of_split
+from jaxplain.corpora.workers import Work, open_workers, worker_count
 from jaxplain.errors import JaxplainError
 from jaxplain.exemplars.extraction import Extraction
 from jaxplain.exemplars.selection import select_neurons
@@ -26,7 +26,7 @@ from jaxplain.mesh import make_mesh
 from jaxplain.progress import progress_bars
 from jaxplain.store.files import Files
 from jaxplain.store.schema import STORE_NAME
-from jaxplain.store.writer import StoreWriter
+from jaxplain.store.writer import StoreWriter, blocks_of
 from jaxplain.subjects.architecture import Architecture
 from jaxplain.subjects.decoder import Decoder
 from jaxplain.subjects.parity import differences, require_parity, require_torch, table_of, torch_reference
@@ -83,24 +83,35 @@ def extract(config: ExtractConfig, *, overwrite: bool = False, check_parity: int
     ]
     for source in sources:
         prefix_of(source, config.corpus, subject.tokenizer)  # what it raises, it had better raise at once
-    model = subject.load(mesh, depth=selection.depth)
-    if check_parity:
-        _check_parity(subject, model, _first_sequences(sources, config, subject, check_parity))
-    step, weights = make_step(model, mesh, active_above=config.statistics.active_above)
-    extraction = Extraction(
-        config=config,
-        mesh=mesh,
-        selection=selection,
-        step=step,
-        weights=weights,
-        excluded=_excluded_tokens(config.corpus, subject),
-        vocabulary=subject.arch.vocabulary,
-        tabled=tabled,
-    )
+    sequences = sequences_to_cut(sources, config.corpus, splits=len(config.exemplars.splits))
+    workers = worker_count(config.run.input_workers, sequences=sequences)
+    # They start while the weights load.
+    with open_workers(workers, reading(sources, subject.tokenizer)) as work:
+        model = subject.load(mesh, depth=selection.depth)
+        if check_parity:
+            _check_parity(subject, model, _first_sequences(sources, config, subject, check_parity))
+        step, weights = make_step(model, mesh, active_above=config.statistics.active_above)
+        extraction = Extraction(
+            config=config,
+            mesh=mesh,
+            selection=selection,
+            step=step,
+            weights=weights,
+            excluded=_excluded_tokens(config.corpus, subject),
+            vocabulary=subject.arch.vocabulary,
+            tabled=tabled,
+        )
+        writer = StoreWriter(path, _attributes(config, subject, sources))
+        writer.write_vocabulary(token_bytes(subject.tokenizer, subject.arch.vocabulary))
+        _extract_splits(extraction, writer, sources, subject, work)
 
-    writer = StoreWriter(path, _attributes(config, subject, sources))
-    writer.write_vocabulary(token_bytes(subject.tokenizer, subject.arch.vocabulary))
+
+def _extract_splits(
+    extraction: Extraction, writer: StoreWriter, sources: Sequence[Source], subject: Subject, work: Work
+) -> None:
+    config = extraction.config
     progress = progress_bars(enabled=config.run.progress and jax.process_index() == 0)
+    seconds = {}
     for split in config.exemplars.splits:
         table = write_token_table(
             writer,
@@ -110,11 +121,19 @@ def extract(config: ExtractConfig, *, overwrite: bool = False, check_parity: int
             subject.tokenizer,
             progress,
             vocabulary=subject.arch.vocabulary,
+            work=work,
         )
         if jax.process_index() == 0:
             _report(split, table, config.corpus)
-        extraction.run_split(writer, split, progress)
-    writer.finish()
+        clock = extraction.run_split(writer, split, progress)
+        seconds[split] = {"cut": table.seconds, "read": clock.total, "waited_for_input": clock.waited}
+        if jax.process_index() == 0:
+            print(
+                f"{split}: {table.rows:,} sequences cut in {table.seconds:.1f} s and read in "
+                f"{clock.total:.1f} s, of which the devices waited {clock.waited:.1f} s "
+                f"({clock.waited / clock.total:.1%}) for input"
+            )
+    writer.finish(seconds=seconds)
 
 
 def _first_sequences(
@@ -122,10 +141,10 @@ def _first_sequences(
 ) -> np.ndarray:
     """The first sequences that the run will read, [N, T]."""
     windows = windows_of_split(sources, config.corpus, config.exemplars.splits[0], subject.tokenizer)
-    rows = [window.tokens_T for window in itertools.islice(windows, count)]
-    if not rows or max(row.max() for row in rows) >= subject.arch.vocabulary:
+    block = next(blocks_of(windows, count), None)
+    if block is None or block.token_NT.max() >= subject.arch.vocabulary:
         return np.zeros((0, config.corpus.sequence_length), np.int32)  # the run will say what is wrong
-    return np.stack(rows)
+    return block.token_NT
 
 
 def _check_parity(subject: Subject, model: Decoder, tokens_NT: np.ndarray) -> None:

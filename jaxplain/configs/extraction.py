@@ -408,11 +408,15 @@ class RunConfig:
     Args:
         batch_size: Sequences per step, over all devices.
         mesh: How devices are arranged.
+        input_workers: Processes that tokenise the corpus and cut it into sequences, which are the same for
+            any number of them; 0 does it in the run's own process. By default one per core, 8 at most, for
+            20,000 sequences or more (or documents, where all are read; or a stream of them), otherwise 0.
         progress: Show progress bars.
     """
 
     batch_size: int = 32
     mesh: MeshConfig = MeshConfig()
+    input_workers: int | None = dataclasses.field(default=None, metadata=_LATER)
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -421,6 +425,12 @@ class RunConfig:
             "run.batch_size",
             self.batch_size,
             "give a positive number of sequences",
+        )
+        require(
+            self.input_workers is None or self.input_workers >= 0,
+            "run.input_workers",
+            self.input_workers,
+            "give 0 for none, a positive number, or leave it out",
         )
 
 

@@ -16,6 +16,7 @@ from jaxplain.configs.extraction import ExtractConfig, StatisticsConfig
 from jaxplain.corpora.cutting import PADDING
 from jaxplain.corpora.tokens import TokenBatch, token_batches
 from jaxplain.errors import JaxplainError
+from jaxplain.exemplars.clock import InputClock
 from jaxplain.exemplars.draws import Draws, TableBlock, draw
 from jaxplain.exemplars.merging import Ranked, merge_partials, merge_top
 from jaxplain.exemplars.moments import merge_moments
@@ -50,8 +51,8 @@ class Extraction:
     vocabulary: int
     tabled: dict[int, Int[np.ndarray, "N"]]
 
-    def run_split(self, writer: StoreWriter, split: str, progress: Progress) -> None:
-        """Extract a split whose token table is written already."""
+    def run_split(self, writer: StoreWriter, split: str, progress: Progress) -> InputClock:
+        """Extract a split whose token table is written already; how long reading it took."""
         config = self.config
         table = writer.read_sequences(split)
         rows, tokens = table["token"].shape
@@ -63,9 +64,10 @@ class Extraction:
         drawn = self._draw(table)
         strata = self._strata(drawn.rows)
         batches = token_batches(table, batch_size=config.run.batch_size, seed=config.corpus.seed)
+        clock = InputClock()
         try:
-            with progress(total=rows, desc=f"{split}: read", unit="sequences") as bar:
-                reductions = self._reduce(batches, drawn, strata, bar.update)
+            with progress(total=rows, desc=f"{split}: read", unit="sequences") as bar, clock:
+                reductions = self._reduce(batches, drawn, strata, bar.update, clock)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -93,6 +95,7 @@ class Extraction:
         )
         with progress(total=len(reductions), desc=f"{split}: write", unit="layers") as bar:
             self._write(reductions, drawn, strata, out, bar.update)
+        return clock
 
     def _strata(self, rows: int | None = None) -> tuple[Stratum, ...]:
         """The strata of kind quantile, none without it; `rows` is how many sequences can be drawn."""
@@ -125,6 +128,7 @@ class Extraction:
         drawn: Draws,
         strata: Sequence[Stratum],
         advance: Callable[[int], Any],
+        clock: InputClock,
     ) -> Reductions:
         neurons = self._padded_neurons()
         exemplars = self.config.exemplars
@@ -145,9 +149,13 @@ class Extraction:
             for layer in self.selection.indices
         }
         pending = 0
-        for batch in batches:
-            rows = self._rows(batch, drawn)
-            # Rows are made ready while the step before runs; waiting for it keeps progress honest.
+
+        def idle() -> bool:
+            return jax.tree.leaves(reductions)[-1].is_ready()
+
+        # Rows are made ready while the step before runs; waiting for it then keeps progress honest.
+        ready = ((batch, self._rows(batch, drawn)) for batch in batches)
+        for batch, rows in clock.over(ready, idle=idle):
             jax.block_until_ready(reductions)
             advance(pending)
             reductions = self.step(reductions, self.weights, rows, neurons)
