@@ -124,8 +124,8 @@ def test_loss_and_gradients_are_torch_s(folder, remat):
     )
     trainer = Trainer(subject.load(mesh, with_head=True), config, np.arange(11, dtype=np.int32), mesh)
     state = trainer.start()
-    arrays = [array[0] for array in trainer._placed(batch, 1)]
-    summed, gradient = jax.jit(jax.value_and_grad(trainer._loss))(state.trained, {}, *arrays)
+    placed = jax.tree.map(lambda x: x[0], trainer._placed(batch, 1))
+    summed, gradient = jax.jit(jax.value_and_grad(trainer._loss))(state.trained, {}, placed)
     count = (batch.levels_EST >= 0).sum()
     assert float(summed) / count == pytest.approx(loss.item(), rel=1e-5)
     name, at = (

@@ -42,10 +42,12 @@ def test_bfloat16_stays_near_float32():
     np.testing.assert_allclose(found.astype(jnp.float32), exact, atol=0.03)
 
 
-def test_a_prefix_counts_as_if_its_slots_were_the_row_s_own():
+@pytest.mark.parametrize("strength", [1, 300])
+def test_a_prefix_counts_as_if_its_slots_were_the_row_s_own(strength):
     query, keys, values, prefix_keys, prefix_values = draw(
         (3, 4, 6, 8), (3, 2, 8, 5), (3, 2, 5, 8), (1, 2, 8, 7), (1, 2, 7, 8)
     )
+    prefix_keys *= strength  # beside the highest of these logits, exp() of all others is 0
     rng = np.random.default_rng(1)
     seen, prefix_seen = (jnp.asarray(rng.random((3, 4, slots)) < 0.6) for slots in (5, 7))
     seen = seen.at[:, :, 0].set(True)
