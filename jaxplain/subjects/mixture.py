@@ -45,6 +45,13 @@ class Mixture(nnx.Module):
             self.shared_up_DJ = random_parameter(rngs, dtype, d, j, fan_in=d)
             self.shared_down_JD = random_parameter(rngs, dtype, j, d, fan_in=j)
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The neurons of each expert, the shared one last."""
+        experts, neurons, _ = self.down_EID.shape
+        shared = (self.shared_down_JD.shape[0],) if self.has_shared else ()
+        return (neurons,) * experts + shared
+
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Compute and sow the neurons, and project those of each token's experts down."""
         activation = ACTIVATIONS[self.activation]

@@ -52,6 +52,65 @@ def test_the_decoder_agrees_with_the_golden_activations(variant, tmp_path):
     require_parity(found, "float32")
 
 
+def of_mixture(tmp_path, *, change=None):
+    """What is found from changed golden activations; layer 1 is plain, 0 and 2 are mixtures."""
+    subject = subject_of(tiny.write_model(tmp_path, tiny.VARIANTS["qwen3-moe-plain-layers"]))
+    assert [bool(subject.arch.routed_experts(layer)) for layer in range(3)] == [True, False, True]
+    activations, tokens_BT = golden("qwen3-moe-plain-layers", change=change)
+
+    def without_gaps(tokens_T):
+        widths = [sum(subject.arch.expert_widths(layer)) for layer in range(3)]
+        return [acts_TF[:, :width] for acts_TF, width in zip(activations(tokens_T), widths, strict=True)]
+
+    return differences(subject.load(make_mesh()), without_gaps, tokens_BT)
+
+
+def test_mixtures_agree_where_their_experts_read(tmp_path):
+    found = of_mixture(tmp_path)
+    assert [layer.rerouted for layer in found] == [0.0, None, 0.0]
+    assert all(0 < layer.ratio < 1e-5 for layer in found)
+    require_parity(found, "float32")
+
+
+def test_one_activation_of_an_expert_is_enough_to_fail(tmp_path):
+    def change(acts_LBTF):
+        place = tuple(np.argwhere(~np.isnan(acts_LBTF[2]))[7])
+        acts_LBTF[2][place] += 0.01 * np.nanmax(np.abs(acts_LBTF[2]))
+
+    found = of_mixture(tmp_path, change=change)
+    assert [layer.ratio < 1e-5 for layer in found] == [True, True, False]
+    with pytest.raises(JaxplainError, match=r"^layer 2 differs from torch's by 1"):
+        require_parity(found, "float32")
+
+
+def test_a_token_that_other_experts_read_is_not_compared_after_that(tmp_path):
+    def change(acts_LBTF):
+        acts_LBTF[0, 0, 9] = np.roll(acts_LBTF[0, 0, 9], 1)
+        acts_LBTF[1:, 0, 9] += 1e3
+
+    found = of_mixture(tmp_path, change=change)
+    assert [layer.rerouted for layer in found] == [1 / 32, None, 0.0]
+    assert [layer.ratio < 1e-5 for layer in found] == [False, True, True]
+    assert all(layer.largest < 1e3 for layer in found)
+    agreeing = [dataclasses.replace(found[0], difference=0.0), *found[1:]]
+    with pytest.raises(
+        JaxplainError, match=r"^in layer 0 other experts .* read 3\.1% .* where 1% is allowed"
+    ):
+        require_parity(agreeing, "float32")
+    require_parity(agreeing, "bfloat16")
+
+
+def test_an_activation_that_is_no_number_is_no_token_that_is_not_read():
+    """A plain layer has none; in a mixture the token counts as read by other experts."""
+    acts_TF = np.ones((4, 3))
+    broken_TF = np.where(np.eye(4, 3) > 0, np.nan, acts_TF)
+    for mixture in (False, True):
+        compared = parity._Compared(mixture)
+        compared.add(broken_TF, acts_TF, np.ones(4, bool))
+        with pytest.raises(JaxplainError, match="layer 0"):
+            require_parity([compared.result(0)], "bfloat16")
+
+
 def test_one_activation_of_one_layer_is_enough_to_fail(tmp_path):
     def change(acts_LBTF):
         acts_LBTF[1, 1, 17, 5] += 0.01 * np.abs(acts_LBTF[1]).max()
@@ -120,6 +179,18 @@ def test_the_table():
         "    0           3.200e-06  1.500e+00  2.1e-06\n"
         "   11           1.000e-03  2.500e+02  4.0e-06"
     )
+
+
+def test_the_table_of_a_mixture_says_how_many_tokens_other_experts_read():
+    layers = [
+        LayerDifference(layer=0, difference=3.2e-6, largest=1.5),
+        LayerDifference(layer=1, difference=1e-3, largest=250.0, rerouted=0.012),
+    ]
+    assert table_of(layers, sequences=4, dtype="float32").splitlines()[1:] == [
+        "layer  largest difference    largest    ratio  tokens to other experts",
+        "    0           3.200e-06  1.500e+00  2.1e-06",
+        "    1           1.000e-03  2.500e+02  4.0e-06                    1.20%",
+    ]
 
 
 def test_a_family_without_one_down_projection_is_refused(tmp_path, monkeypatch):
@@ -226,6 +297,9 @@ def test_every_family_is_compared_with_live_torch(variant, tmp_path):
     )
     assert len(found) == layers
     assert all(0 < layer.ratio < 1e-5 for layer in found), found
+    assert [layer.rerouted for layer in found] == [
+        0.0 if subject.arch.routed_experts(layer) else None for layer in range(layers)
+    ]
 
 
 @pytest.mark.parity
@@ -252,6 +326,18 @@ def test_bfloat16_is_within_its_bound_and_further_off(tmp_path):
     )
     require_parity(found, "bfloat16")
     assert all(layer.ratio > 1e-4 for layer in found), found
+
+
+@pytest.mark.parity
+def test_as_many_layers_of_a_mixture_as_the_run_reads(tmp_path):
+    subject = subject_of(tiny.write_model(tmp_path, tiny.VARIANTS["qwen2-moe-plain-layers"]))
+    found = differences(
+        subject.load(make_mesh(), depth=2),
+        parity.torch_reference(subject, layers=2),
+        reference.TOKENS_BT.astype(np.int32),
+    )
+    assert len(found) == 2
+    require_parity(found, "float32")
 
 
 @pytest.mark.parity
