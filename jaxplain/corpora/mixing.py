@@ -11,6 +11,7 @@ import numpy as np
 from jaxplain.store.writer import SequenceBlock, joined_blocks
 
 _BLOCK = 1024  # windows
+_DIGEST = 16  # bytes
 
 
 class Mixture(grain.IterDataset[SequenceBlock]):
@@ -19,9 +20,6 @@ class Mixture(grain.IterDataset[SequenceBlock]):
     They end after `limit` windows (0: no limit). When a part has no more before that, the mixture ends, or
     goes on with the others. A window with exactly the tokens of an earlier one of whatever part is passed
     over in favour of its part's next one, if so asked.
-
-    `exhausted` are the parts that the latest iterator found at their end, and `repeated` counts the
-    windows that it passed over.
     """
 
     def __init__(
@@ -38,12 +36,21 @@ class Mixture(grain.IterDataset[SequenceBlock]):
         # As Grain's own mixing does it, which knows no other way than to end with the first part.
         self.shares = [int(weight * (100 / min(weights))) for weight in weights]
         self.limit, self.go_on, self.deduplicate, self.size = limit, go_on, deduplicate, size
-        self.exhausted: set[int] = set()
-        self.repeated = 0
+        self._latest: _MixtureIterator | None = None
 
     def __iter__(self) -> grain.DatasetIterator[SequenceBlock]:
-        self.exhausted, self.repeated = set(), 0
-        return _MixtureIterator(self, [iter(part) for part in self._parents])
+        self._latest = _MixtureIterator(self, [iter(part) for part in self._parents])
+        return self._latest
+
+    @property
+    def exhausted(self) -> set[int]:
+        """The parts that the latest iterator found at their end."""
+        return self._latest.exhausted if self._latest else set()
+
+    @property
+    def repeated(self) -> int:
+        """How many windows the latest iterator passed over."""
+        return self._latest.repeated if self._latest else 0
 
 
 class _MixtureIterator(grain.DatasetIterator[SequenceBlock]):
@@ -55,6 +62,8 @@ class _MixtureIterator(grain.DatasetIterator[SequenceBlock]):
         self._rows = [_Rows(part) for part in parts]
         self._turns = self._given = 0
         self._seen: set[bytes] = set()
+        self.exhausted: set[int] = set()
+        self.repeated = 0
 
     def __next__(self) -> SequenceBlock:
         mixture = self._mixture
@@ -69,28 +78,28 @@ class _MixtureIterator(grain.DatasetIterator[SequenceBlock]):
         """Window after window, as a row of a part's block."""
         mixture = self._mixture
         while not self._ended():
-            left = [part for part in range(len(self._rows)) if part not in mixture.exhausted]
+            left = [part for part in range(len(self._rows)) if part not in self.exhausted]
             shares = [mixture.shares[part] for part in left]
             while (row := self._next_of(part := left[_whose_turn(self._turns, shares)])) is not None:
                 self._turns += 1
                 yield row
-            mixture.exhausted.add(part)
+            self.exhausted.add(part)
             self._turns = 0
 
     def _ended(self) -> bool:
         enough = len(self._rows) if self._mixture.go_on else 1
-        return len(self._mixture.exhausted) >= enough
+        return len(self.exhausted) >= enough
 
     def _next_of(self, part: int) -> "_Row | None":
         """The part's next window, or its next new one; None at its end."""
         for block, number in self._rows[part]:
             if not self._mixture.deduplicate:
                 return block, number
-            digest = hashlib.blake2b(block.token_NT[number].tobytes(), digest_size=16).digest()
+            digest = hashlib.blake2b(block.token_NT[number].tobytes(), digest_size=_DIGEST).digest()
             if digest not in self._seen:
                 self._seen.add(digest)
                 return block, number
-            self._mixture.repeated += 1
+            self.repeated += 1
         return None
 
     def get_state(self) -> dict[str, Any]:
@@ -98,16 +107,22 @@ class _MixtureIterator(grain.DatasetIterator[SequenceBlock]):
             "parts": [rows.get_state() for rows in self._rows],
             "turns": self._turns,
             "given": self._given,
-            "exhausted": sorted(self._mixture.exhausted),
-            "repeated": self._mixture.repeated,
-            "seen": sorted(self._seen),
+            "exhausted": sorted(self.exhausted),
+            "repeated": self.repeated,
+            "seen": b"".join(sorted(self._seen)).hex(),
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         for rows, part_state in zip(self._rows, state["parts"], strict=True):
             rows.set_state(part_state)
-        self._turns, self._given, self._seen = state["turns"], state["given"], set(state["seen"])
-        self._mixture.exhausted, self._mixture.repeated = set(state["exhausted"]), state["repeated"]
+        self._turns, self._given, self._seen = state["turns"], state["given"], set(_digests(state["seen"]))
+        self.exhausted, self.repeated = set(state["exhausted"]), state["repeated"]
+
+
+def _digests(joined: str) -> Iterator[bytes]:
+    """The digests that a state has as one hexadecimal number."""
+    joined_bytes = bytes.fromhex(joined)
+    return (joined_bytes[start : start + _DIGEST] for start in range(0, len(joined_bytes), _DIGEST))
 
 
 _Row = tuple[SequenceBlock, int]

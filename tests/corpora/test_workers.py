@@ -109,6 +109,7 @@ def test_the_sequences_do_not_depend_on_the_size_of_blocks(sources, tokenizer, m
 
 
 def test_results_come_in_order_from_other_processes():
+    before = multiprocessing.active_children()
     with open_workers(3, "shared") as work:
         found = list(work(pid_and, range(10)))
         assert set(work(threads_of_tokenizers, range(3))) == {"false"}, "a worker is one core's"
@@ -117,7 +118,7 @@ def test_results_come_in_order_from_other_processes():
     pids = {pid for pid, _, _ in found}
     assert os.getpid() not in pids
     assert len(pids) == 3
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= set(before)
     assert list(in_this_process("here")(pid_and, [8])) == [(os.getpid(), "here", 8)]
     with open_workers(0, "here") as work:
         assert list(work(pid_and, [8])) == [(os.getpid(), "here", 8)]
@@ -141,6 +142,7 @@ def test_what_is_wrong_is_said_when_its_turn_comes(workers):
 
 
 def test_a_worker_that_dies_ends_in_one_sentence():
+    before = multiprocessing.active_children()
     with (
         pytest.raises(
             JaxplainError, match=r"processes .* died, .*; lower run.input_workers, or set"
@@ -149,17 +151,18 @@ def test_a_worker_that_dies_ends_in_one_sentence():
     ):
         list(work(dies, range(50)))
     assert "\n" not in str(caught.value)
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= set(before)
 
 
 def test_no_worker_is_left_where_not_all_is_asked_for(sources, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = multiprocessing.active_children()
     with open_workers(2, reading(sources, tokenizer)) as work:
         mixed = iter(windows_of_split(sources, config(), "train", tokenizer, work))
         next(mixed)
-        assert len(multiprocessing.active_children()) == 2
+        assert len(set(multiprocessing.active_children()) - set(before)) == 2
         assert len(list(tmp_path.iterdir())) == 1
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= set(before)
     assert list(tmp_path.iterdir()) == []
 
 
