@@ -167,9 +167,13 @@ class _PackedWindowsIterator(grain.DatasetIterator[SequenceBlock]):
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         self._parent.set_state(state["parent"])
-        held = {name: np.array(values, np.int64) for name, values in state["held"].items()}
-        held["token_M"] = held["token_M"].astype(np.int32)
-        self._held, self._shown = TokenisedDocuments(**held), state["shown"]
+        held = state["held"]
+        self._held = TokenisedDocuments(
+            token_M=np.array(held["token_M"], np.int32),
+            place_N=np.array(held["place_N"], np.int64),
+            document_N=np.array(held["document_N"], np.int64),
+        )
+        self._shown = state["shown"]
 
 
 def _joined(first: TokenisedDocuments, second: TokenisedDocuments) -> TokenisedDocuments:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import grain
@@ -26,7 +26,8 @@ def row_blocks(rows: int, *, seed: int, first: int = 0) -> Iterator[RecordBlock]
     """The blocks of all rows from number `first` on, in an order drawn by the seed."""
     order = grain.MapDataset.range(rows).seed(seed).shuffle()
     for start in range(first * BLOCK, rows, BLOCK):
-        yield RecordBlock(rows=[int(order[place]) for place in range(start, min(start + BLOCK, rows))])
+        places = range(start, min(start + BLOCK, rows))
+        yield RecordBlock(rows=[int(cast(int, order[place])) for place in places])
 
 
 def stream_blocks(

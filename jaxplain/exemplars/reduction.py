@@ -210,6 +210,7 @@ def _update_shard(
     draws = {
         count: update(top, jnp.where((rows.turn_B < count)[:, None], highest_BF, -jnp.inf))
         for count, top in reduction.draws.items()
+        if highest_BF is not None
     }
     read = {
         count: read_F + ((rows.turn_B < count)[:, None] & token_BTG.any(axis=1)).sum(axis=0, dtype=jnp.uint32)

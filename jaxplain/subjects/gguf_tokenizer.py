@@ -164,14 +164,14 @@ def _end_token(file: GGUFFile, role: str, *, default: bool) -> list[str]:
 
 def _byte_level(file: GGUFFile, tokens: list[str], kinds: list[int]) -> tuple[Tokenizer, bool]:
     pre = file.metadata.get(f"{_KEY}pre")
+    way = _SPLITTINGS.get(pre) if isinstance(pre, str) else None
     merges = file.metadata.get(f"{_KEY}merges")
-    if pre not in _SPLITTINGS or merges is None:
+    if way is None or merges is None:
         lacks = "has no merges" if merges is None else f"splits text in the way {pre!r}"
         raise JaxplainError(
             f"the tokenizer of {file.path.name} {lacks}; known are the ways {', '.join(_SPLITTINGS)}, "
             f"so {_REMEDY}."
         )
-    way = _SPLITTINGS[pre]
     tokenizer = Tokenizer(
         models.BPE(
             vocab={token: number for number, token in enumerate(tokens)},
@@ -181,7 +181,9 @@ def _byte_level(file: GGUFFile, tokens: list[str], kinds: list[int]) -> tuple[To
     )
     if way.normalizer is not None:
         tokenizer.normalizer = way.normalizer
-    steps = [pre_tokenizers.Digits(individual_digits=True)] if way.digits else []
+    steps: list[pre_tokenizers.PreTokenizer] = []
+    if way.digits:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
     steps += [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in way.patterns]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=way.gpt2))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]

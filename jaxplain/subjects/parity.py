@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +85,7 @@ def differences(
     @jax.jit
     def forward(weights: nnx.State, tokens_BT: jax.Array) -> list[jax.Array]:
         merged = nnx.merge(graph, weights)
-        _, sown = nnx.capture(merged, Sown)(tokens_BT)
+        _, sown = cast(Callable[..., Any], nnx.capture(merged, Sown))(tokens_BT)
         return [
             _neurons(merged.layers[layer].mlp, sown["layers"][layer]["mlp"][MLP_ACTIVATION].get_value()[0])
             for layer in layers
