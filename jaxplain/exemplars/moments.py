@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, UInt
 
-_MOST_SLICES = 8
+_MOST_SLICES = 16
 """More slices gain nothing, and make kernels of many operands."""
 
 
