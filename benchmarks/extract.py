@@ -6,10 +6,10 @@ All rates are sequences per second, medians over interleaved steps of one proces
 SmolLM2-135M-Instruct, random tokens, all layers, max, min and random with activations. The state is primed
 with the priorities that it would have after N sequences, so that a step does the work of a step at that
 point; `entries` says how many sequences really entered, per neuron, kind and step, and what was expected.
-`statistics` is what a step takes longer for moments and quantiles (the default), and for kind quantile and
-token tables of eight neurons per layer besides (everything), after 2,000 of 20,000 sequences. With --torch (a
-Python that has torch and transformers) the peer in `benchmarks/torch_peer.py` is run right after. With
---store, reading and size of a store are measured. Prints JSON.
+`statistics` is what a step takes longer for moments and quantiles (default), for token tables of eight
+neurons per layer besides (tables), and for exemplars of kind quantile too (everything), after 2,000 of 20,000
+sequences. With --torch (a Python that has torch and transformers) the peer in `benchmarks/torch_peer.py` is
+run right after. With --store, reading and size of a store are measured. Prints JSON.
 """
 
 import argparse
@@ -240,7 +240,7 @@ def measure_statistics(subject: Subject, *, batch: int, tokens: int, k: int, ste
         name: mock.patch.object(reduction_module, name, lambda state, *_, **__: state)
         for name in ("update_moments", "update_sample")
     }
-    variants = ("exemplars", "default", "everything")
+    variants = ("exemplars", "default", "tables", "everything")
     steps_of: dict[str, tuple[Step, nnx.State]] = {name: make_step(model, mesh) for name in variants}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(steps + 1):
@@ -249,9 +249,9 @@ def measure_statistics(subject: Subject, *, batch: int, tokens: int, k: int, ste
             step, weights = steps_of[name]
             rows = random_rows(rng, subject, number * len(variants) + place, batch=batch, tokens=tokens)
             jax.block_until_ready(rows)
-            part = state
-            if name != "everything":
-                part = {layer: r._replace(draws={}, token_sums=None) for layer, r in state.items()}
+            without: dict[str, Any] = {} if name == "everything" else {"draws": {}}
+            without |= {} if name in ("tables", "everything") else {"token_sums": None}
+            part = {layer: r._replace(**without) for layer, r in state.items()}
             with contextlib.ExitStack() as stack:
                 if name == "exemplars":  # traced in the first round
                     for patch in unchanged.values():
@@ -259,13 +259,10 @@ def measure_statistics(subject: Subject, *, batch: int, tokens: int, k: int, ste
                 start = time.perf_counter()
                 done = jax.block_until_ready(step(part, weights, rows, {}))
                 seconds[name].append(time.perf_counter() - start)
-            if name == "everything":
-                state = done
-            else:
-                state = {
-                    layer: r._replace(draws=state[layer].draws, token_sums=state[layer].token_sums)
-                    for layer, r in done.items()
-                }
+            state = {
+                layer: r._replace(**{field: getattr(state[layer], field) for field in without})
+                for layer, r in done.items()
+            }
     # The first of each compiles. Rounds are compared each in itself, whatever else the machine does.
     alone = np.array(seconds["exemplars"][1:])
     return {
