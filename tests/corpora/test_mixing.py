@@ -104,7 +104,7 @@ def test_state_resumes_across_an_end_and_repetitions(tokenizer, fields):
     made = windows_of_split(sources, config(windows="head", **fields), "train", tokenizer)
     whole = [w.tokens_T.tolist() for w in rows_of(made)]
     made.size = 1
-    for taken in (3, 10, len(whole) - 1):
+    for taken in (3, 10, len(whole) - 1, len(whole)):
         iterator = iter(made)
         for _ in range(taken):
             next(iterator)
