@@ -1,12 +1,16 @@
 """python -m jaxplain.extract: find the exemplars of every neuron of a model, in one pass over a corpus."""
 
 import dataclasses
+import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+import jaxlib
+from jax.sharding import Mesh
 from rich.console import Console
 
 import jaxplain
@@ -17,13 +21,25 @@ from jaxplain.corpora.tokens import TokenTable, write_token_table
 from jaxplain.corpora.windows import prefix_of
 from jaxplain.errors import JaxplainError
 from jaxplain.exemplars.extraction import Extraction
-from jaxplain.exemplars.selection import select_neurons
+from jaxplain.exemplars.selection import Selection, select_neurons
 from jaxplain.exemplars.step import make_step
 from jaxplain.mesh import make_mesh
+from jaxplain.processes import (
+    exchange,
+    first_works,
+    leads,
+    leave,
+    leave_on_errors,
+    one_job,
+    require_agreement,
+    together,
+)
 from jaxplain.progress import progress_bars
+from jaxplain.resuming import require_same
+from jaxplain.stopping import StopRequest
 from jaxplain.store.files import Files
 from jaxplain.store.schema import STORE_NAME
-from jaxplain.store.writer import StoreWriter
+from jaxplain.store.writer import StoreWriter, unfinished_store
 from jaxplain.subjects.subject import Subject, open_subject
 from jaxplain.subjects.vocabulary import token_bytes
 from jaxplain.viewer.terminal import print_sample
@@ -34,7 +50,10 @@ def main(arguments: Sequence[str]) -> None:
     parser = config_parser(ExtractConfig, prog="python -m jaxplain.extract")
     add_flag(parser, "--overwrite", "Replace the store that the output folder holds, at the end.")
     config, options = parse_config(parser, ExtractConfig, arguments)
-    extract(config, overwrite=options.overwrite)
+    with one_job():
+        extract(config, overwrite=options.overwrite)
+    if not leads():
+        return
     shown = print_sample(jaxplain.open_store(config.output), Console())
     side = "min" if "min" in config.exemplars.kinds else config.exemplars.kinds[0]
     print(f"The store is {_join(config.output, STORE_NAME)}. Look at any neuron, from any side:")
@@ -45,15 +64,50 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def extract(config: ExtractConfig, *, overwrite: bool = False) -> None:
-    """Run an extraction.
+    """Run an extraction; one that was interrupted goes on, unless it is to overwrite what is there.
 
     A store that is to be replaced stays until the new one is complete (on local disks).
 
-    Raises JaxplainError for anything in the config that does not fit the subject, corpus or devices.
+    Raises JaxplainError for anything in the config that does not fit the subject, corpus or devices, or the
+    store in the making, and Stopped where SIGTERM has come.
     """
+    leave_on_errors()
     path = _join(config.output, STORE_NAME)
-    if not overwrite and not Files(path).is_empty():
-        raise JaxplainError(f"{path} exists already; choose another output, or replace it with --overwrite.")
+    with StopRequest() as stop:
+        with together():
+            unfinished = None if overwrite else unfinished_store(path)
+            if not overwrite and unfinished is None and not Files(path).is_empty():
+                raise JaxplainError(
+                    f"{path} exists already; choose another output, or replace it with --overwrite."
+                )
+            subject, sources, selection, mesh = _prepare(config)
+            excluded = _excluded_tokens(config.corpus, subject)
+            attributes = _attributes(config, subject, sources)
+            if unfinished is not None:
+                require_same(_decisive(unfinished), _decisive(attributes), config.output)
+        require_agreement(_decisive(attributes) | {"run": recorded(config.run)} | _versions())
+        step, weights = make_step(
+            subject.load(mesh, depth=selection.depth), mesh, active_above=config.statistics.active_above
+        )
+        extraction = Extraction(
+            config=config,
+            mesh=mesh,
+            selection=selection,
+            step=step,
+            weights=weights,
+            excluded=excluded,
+            mlp_width=subject.arch.neurons,
+        )
+        writer = _open_writer(path, attributes, unfinished, config)
+        writer.write_vocabulary(token_bytes(subject.tokenizer, subject.arch.vocabulary))
+        _extract_splits(extraction, writer, sources, subject, stop)
+    writer.finish()
+    if leads() and config.run.checkpoint_folder is None and (kept := _checkpoint_folder(config)):
+        Files(kept).delete_all()
+
+
+def _prepare(config: ExtractConfig) -> tuple[Subject, list[Source], Selection, Mesh]:
+    """What a run needs besides weights; anything that the config has wrong is found here."""
     subject = open_subject(config.subject)
     if config.corpus.sequence_length > subject.arch.max_positions:
         raise JaxplainError(
@@ -68,36 +122,69 @@ def extract(config: ExtractConfig, *, overwrite: bool = False) -> None:
     ]
     for source in sources:
         prefix_of(source, config.corpus, subject.tokenizer)  # what it raises, it had better raise at once
-    step, weights = make_step(
-        subject.load(mesh, depth=selection.depth), mesh, active_above=config.statistics.active_above
-    )
-    extraction = Extraction(
-        config=config,
-        mesh=mesh,
-        selection=selection,
-        step=step,
-        weights=weights,
-        excluded=_excluded_tokens(config.corpus, subject),
-        mlp_width=subject.arch.neurons,
-    )
+    return subject, sources, selection, mesh
 
-    writer = StoreWriter(path, _attributes(config, subject, sources))
-    writer.write_vocabulary(token_bytes(subject.tokenizer, subject.arch.vocabulary))
-    progress = progress_bars(enabled=config.run.progress and jax.process_index() == 0)
+
+def _open_writer(
+    path: str, attributes: dict[str, Any], unfinished: Mapping[str, Any] | None, config: ExtractConfig
+) -> StoreWriter:
+    """The store that this run goes on with, or one that it begins."""
+
+    def open_it() -> StoreWriter:
+        if unfinished is not None:
+            return StoreWriter(path, attributes, begun=unfinished.get("begun", ""))
+        for split in config.exemplars.splits if (kept := _checkpoint_folder(config)) else ():
+            Files(f"{kept}/{split}").delete_all()
+        return StoreWriter(path, attributes)
+
+    with together():
+        writer = open_it() if leads() else None
+    with together():
+        return writer or StoreWriter(path, attributes, leads=False)
+
+
+def _extract_splits(
+    extraction: Extraction,
+    writer: StoreWriter,
+    sources: Sequence[Source],
+    subject: Subject,
+    stop: StopRequest,
+) -> None:
+    """Cut and read each split, but for those that are complete."""
+    config = extraction.config
+    kept = _checkpoint_folder(config)
+    progress = progress_bars(enabled=config.run.progress and leads())
     for split in config.exemplars.splits:
-        table = write_token_table(
-            writer,
-            sources,
-            config.corpus,
-            split,
-            subject.tokenizer,
-            progress,
-            vocabulary=subject.arch.vocabulary,
-        )
-        if jax.process_index() == 0:
-            _report(split, table, config.corpus)
-        extraction.run_split(writer, split, progress)
-    writer.finish()
+        # The first process looks: the others may not see yet what it wrote.
+        complete, has_sequences = exchange([writer.has_split(split), writer.has_sequences(split)])[0]
+        if complete:
+            continue
+        if not has_sequences:
+            table = first_works(
+                lambda split=split: write_token_table(
+                    writer,
+                    sources,
+                    config.corpus,
+                    split,
+                    subject.tokenizer,
+                    progress,
+                    vocabulary=subject.arch.vocabulary,
+                ),
+                stop,
+                f"stopped by SIGTERM: the same command cuts the sequences of {split} again.",
+            )
+            if table is not None:
+                _report(split, table, config.corpus)
+        folder = None if kept is None else f"{kept}/{split}"
+        extraction.run_split(writer, split, progress, folder=folder, stop=stop)
+        if folder is not None and leads():
+            Files(folder).delete_all()
+
+
+def _checkpoint_folder(config: ExtractConfig) -> str | None:
+    """Where checkpoints go; None where nowhere."""
+    path = _join(config.output, STORE_NAME)
+    return config.run.checkpoint_folder or (None if "://" in path else f"{path}.checkpoints")
 
 
 def _report(split: str, table: TokenTable, config: CorpusConfig) -> None:
@@ -131,6 +218,19 @@ def _excluded_tokens(config: CorpusConfig, subject: Subject) -> frozenset[int]:
     return frozenset(config.exclude.tokens) | frozenset(special if config.exclude.special else [])
 
 
+def _decisive(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a store's attributes those that decide what is in it, as they are read back."""
+    names = ("config", "subject", "tokenizer_hash", "corpora", "jaxplain_version")
+    found = json.loads(json.dumps({name: attributes[name] for name in names}))
+    for name in ("run", "output"):
+        found["config"].pop(name)
+    return found
+
+
+def _versions() -> dict[str, str]:
+    return {"jax version": jax.__version__, "jaxlib version": jaxlib.__version__}
+
+
 def _attributes(config: ExtractConfig, subject: Subject, sources: Sequence[Source]) -> dict[str, object]:
     return {
         "config": recorded(config),
@@ -151,4 +251,4 @@ def _join(folder: str, name: str) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, leave=leave)

@@ -344,11 +344,19 @@ class RunConfig:
     Args:
         batch_size: Sequences per step, over all devices.
         mesh: How devices are arranged.
+        checkpoint_minutes: Save what is found so far after so many minutes, to go on from after an
+            interruption; 0 is never.
+        checkpoint_steps: Save it after so many steps; 0 leaves it to the minutes. SIGTERM saves it anyway.
+        checkpoint_folder: Where to, a folder that all processes share; by default beside the store where
+            that is on a local disk, and otherwise nowhere.
         progress: Show progress bars.
     """
 
     batch_size: int = 32
     mesh: MeshConfig = MeshConfig()
+    checkpoint_minutes: float = dataclasses.field(default=10.0, metadata=_LATER)
+    checkpoint_steps: int = dataclasses.field(default=0, metadata=_LATER)
+    checkpoint_folder: str | None = dataclasses.field(default=None, metadata=_LATER)
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -357,6 +365,15 @@ class RunConfig:
             "run.batch_size",
             self.batch_size,
             "give a positive number of sequences",
+        )
+        for field in ("checkpoint_minutes", "checkpoint_steps"):
+            value = getattr(self, field)
+            require(math.isfinite(value) and value >= 0, f"run.{field}", value, "give 0 or more")
+        require(
+            self.checkpoint_folder is None or bool(self.checkpoint_folder.strip()),
+            "run.checkpoint_folder",
+            self.checkpoint_folder,
+            "name a folder, or leave it out",
         )
 
 

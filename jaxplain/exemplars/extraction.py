@@ -14,13 +14,16 @@ from jaxtyping import Bool, Int
 from jaxplain.configs.extraction import ExtractConfig
 from jaxplain.corpora.tokens import TokenBatch, token_batches
 from jaxplain.errors import JaxplainError
+from jaxplain.exemplars.checkpointing import SplitCheckpoints
 from jaxplain.exemplars.merging import merge_partials, merge_sample
 from jaxplain.exemplars.moments import merge_moments
 from jaxplain.exemplars.quantiles import lower_tail, quantiles, upper_tail
 from jaxplain.exemplars.reduction import Rows, empty_reduction
 from jaxplain.exemplars.selection import Selection
 from jaxplain.exemplars.step import Reductions, Step
+from jaxplain.processes import gathered, require_agreement, wait_for_others
 from jaxplain.progress import Progress
+from jaxplain.stopping import StopRequest
 from jaxplain.store.writer import SplitWriter, StoreWriter
 
 _TAILS = {"max": upper_tail, "min": lower_tail}
@@ -38,20 +41,44 @@ class Extraction:
     excluded: frozenset[int]
     mlp_width: int
 
-    def run_split(self, writer: StoreWriter, split: str, progress: Progress) -> None:
-        """Extract a split whose token table is written already."""
+    def run_split(
+        self, writer: StoreWriter, split: str, progress: Progress, *, folder: str | None, stop: StopRequest
+    ) -> None:
+        """Extract a split whose token table is written already; `folder` is for its checkpoints, if any.
+
+        Raises Stopped where `stop` is requested.
+        """
         config = self.config
         table = writer.read_sequences(split)
         rows, tokens = table["token"].shape
+        require_agreement({f"the number of sequences of {split}": rows})
         if rows * tokens // self.mesh.shape["data"] >= 2**32:
             raise JaxplainError(
                 f"split {split!r} has {rows * tokens:.1e} tokens, more than the 4.3e9 per data shard "
                 "that can be counted; lower corpus.max_sequences or spread over more devices."
             )
-        batches = token_batches(table, batch_size=config.run.batch_size, seed=config.corpus.seed)
+        checkpoints = SplitCheckpoints(
+            folder,
+            split=split,
+            begun=writer.begun,
+            run=config.run,
+            kept={layer: len(indices) for layer, indices in self.selection.indices.items()},
+            mesh=self.mesh,
+            stop=stop,
+        )
         try:
-            with progress(total=rows, desc=f"{split}: read", unit="sequences") as bar:
-                reductions = self._reduce(batches, bar.update)
+            with checkpoints:
+                first, reductions = self._start(checkpoints, rows=rows)
+                batches = token_batches(
+                    table,
+                    batch_size=config.run.batch_size,
+                    seed=config.corpus.seed,
+                    first=first,
+                    part=self._rows_held(),
+                )
+                with progress(total=rows, initial=first, desc=f"{split}: read", unit="sequences") as bar:
+                    reductions = self._reduce(reductions, batches, bar.update, checkpoints)
+                self._write_split(writer, split, reductions, progress, checkpoints)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -61,6 +88,16 @@ class Extraction:
                 f"{sum(map(len, self.selection.indices.values()))} neurons; lower one of them, choose "
                 "fewer neurons, or use more devices."
             ) from error
+
+    def _write_split(
+        self,
+        writer: StoreWriter,
+        split: str,
+        reductions: Reductions,
+        progress: Progress,
+        checkpoints: SplitCheckpoints,
+    ) -> None:
+        config = self.config
         out = writer.create_split(
             split,
             layers=self.selection.layers,
@@ -71,30 +108,48 @@ class Extraction:
             activation_dtype=config.exemplars.activation_dtype,
             quantiles=config.statistics.quantiles,
         )
+        wait_for_others(f"the arrays of {split}")
         with progress(total=len(reductions), desc=f"{split}: write", unit="layers") as bar:
-            self._write(reductions, out, bar.update)
+            self._write(reductions, out, bar.update, checkpoints)
+        wait_for_others(f"the exemplars of {split}")
+        writer.finish_split(split)
 
-    def _reduce(self, batches: Iterable[TokenBatch], advance: Callable[[int], Any]) -> Reductions:
+    def _start(self, checkpoints: SplitCheckpoints, *, rows: int) -> tuple[int, Reductions]:
+        """The first row to read, and the reductions of those before."""
+        exemplars, tokens = self.config.exemplars, self.config.corpus.sequence_length
         neurons = self._padded_neurons()
-        exemplars = self.config.exemplars
-        reductions = {
-            layer: empty_reduction(
-                kinds=tuple(exemplars.kinds),
-                neurons=len(neurons[layer]) if layer in neurons else self.mlp_width,
-                k=exemplars.k,
-                tokens=self.config.corpus.sequence_length,
-                sampled_tokens=self.config.statistics.sampled_tokens,
-                dtype=jnp.dtype(exemplars.activation_dtype),
-                mesh=self.mesh,
-            )
-            for layer in self.selection.indices
-        }
+
+        def empty() -> Reductions:
+            return {
+                layer: empty_reduction(
+                    kinds=tuple(exemplars.kinds),
+                    neurons=len(neurons[layer]) if layer in neurons else self.mlp_width,
+                    k=exemplars.k,
+                    tokens=tokens,
+                    sampled_tokens=self.config.statistics.sampled_tokens,
+                    dtype=jnp.dtype(exemplars.activation_dtype),
+                    mesh=self.mesh,
+                )
+                for layer in self.selection.indices
+            }
+
+        return checkpoints.restore(jax.eval_shape(empty), rows=rows, tokens=tokens) or (0, empty())
+
+    def _reduce(
+        self,
+        reductions: Reductions,
+        batches: Iterable[TokenBatch],
+        advance: Callable[[int], Any],
+        checkpoints: SplitCheckpoints,
+    ) -> Reductions:
+        neurons = self._padded_neurons()
         pending = 0
         for batch in batches:
             rows = self._rows(batch)
             # Rows are made ready while the step before runs; waiting for it keeps progress honest.
             jax.block_until_ready(reductions)
             advance(pending)
+            checkpoints.before_step(batch.first, reductions)
             reductions = self.step(reductions, self.weights, rows, neurons)
             if pending == 0:
                 self._require_finite(reductions)
@@ -108,7 +163,8 @@ class Extraction:
         dtype = self.config.subject.dtype
         remedy = "check the weights" if dtype == "float32" else "try subject.dtype float32"
         for layer, reduction in sorted(reductions.items()):
-            if not np.isfinite(reduction.moments.mean_F).all():
+            shards = reduction.moments.mean_F.addressable_shards
+            if not all(np.isfinite(shard.data).all() for shard in shards):
                 raise JaxplainError(
                     f"layer {layer} has activations that are not finite numbers in {dtype}; {remedy}."
                 )
@@ -122,8 +178,14 @@ class Extraction:
             before_B=batch.before_B if self.config.corpus.chat_prefix else None,
         )
 
+        start, size = self._rows_held().start, self.config.run.batch_size
+
         def on_mesh(x: np.ndarray) -> jax.Array:
-            return jax.make_array_from_process_local_data(sharding, x)
+            def held(index: tuple[slice, ...]) -> np.ndarray:
+                first, last, _ = index[0].indices(size)
+                return x[first - start : last - start]
+
+            return jax.make_array_from_callback((size, *x.shape[1:]), sharding, held)
 
         return Rows(
             tokens_BT=on_mesh(batch.tokens_BT),
@@ -133,23 +195,49 @@ class Extraction:
             token_lottery_BT=on_mesh(batch.token_lottery_BT),
         )
 
+    def _rows_held(self) -> slice:
+        """Which rows of a batch this process needs, those of its own devices."""
+        size = self.config.run.batch_size
+        places = NamedSharding(self.mesh, P("data")).addressable_devices_indices_map((size,))
+        ends = [index[0].indices(size) for index in places.values() if index is not None]
+        return slice(min(first for first, _, _ in ends), max(last for _, last, _ in ends))
+
     def _padded_neurons(self) -> dict[int, jax.Array]:
         """Indices of layers of which not all neurons are kept, repeated to divide by the mesh."""
         size = self.mesh.shape["model"]
+
+        def on_mesh(x: np.ndarray) -> jax.Array:
+            return jax.make_array_from_callback(
+                x.shape, NamedSharding(self.mesh, P()), lambda index: x[index]
+            )
+
         return {
-            layer: jnp.asarray(np.pad(indices, (0, -len(indices) % size), mode="edge"), jnp.int32)
+            layer: on_mesh(np.pad(indices, (0, -len(indices) % size), mode="edge").astype(np.int32))
             for layer, indices in self.selection.indices.items()
             if len(indices) < self.mlp_width
         }
 
-    def _write(self, reductions: Reductions, out: SplitWriter, advance: Callable[[int], Any]) -> None:
+    def _write(
+        self,
+        reductions: Reductions,
+        out: SplitWriter,
+        advance: Callable[[int], Any],
+        checkpoints: SplitCheckpoints,
+    ) -> None:
         for place, layer in enumerate(self.selection.layers):
+            checkpoints.stop_if_asked()
             reduction = reductions.pop(int(layer))
             columns = self.selection.columns(int(layer))
             kept = slice(len(columns))
-            statistics = merge_moments(reduction.moments)
+            merged, sample, parts = gathered(
+                (merge_partials(reduction, self.mesh), merge_sample(reduction, self.mesh), reduction.moments)
+            )
+            if place % jax.process_count() != jax.process_index():
+                advance(1)
+                continue
+            statistics = merge_moments(parts)
             tails = {}
-            for kind, ranked in merge_partials(reduction, self.mesh).items():
+            for kind, ranked in merged.items():
                 priority_NR = np.asarray(ranked.priority_FR)[kept]
                 sign = -1 if kind == "min" else 1
                 score_NR = np.where(np.isfinite(priority_NR), sign * priority_NR, np.nan)
@@ -170,7 +258,7 @@ class Extraction:
                 quantile=quantiles(
                     np.array(self.config.statistics.quantiles),
                     int(statistics.count_F[0]),
-                    np.asarray(merge_sample(reduction, self.mesh))[kept],
+                    np.asarray(sample)[kept],
                     upper=tails.get("max"),
                     lower=tails.get("min"),
                 ),

@@ -38,43 +38,49 @@ def merge_sample(reduction: LayerReduction, mesh: Mesh) -> Float[Array, "F M"]:
 
 
 def _merge(top: TopK, *, mesh: Mesh) -> Ranked:
-    merge = jax.shard_map(
-        _merge_shard,
-        mesh=mesh,
-        in_specs=(partition_specs(top),),
-        out_specs=P("model"),
-        check_vma=False,
+    joined = join(top, mesh)
+    neurons, k, _ = joined.activation_FRT.shape
+    return Ranked(
+        priority_FR=jnp.broadcast_to(joined.priority_RG, (k, neurons)).T,
+        sequence_FR=jnp.broadcast_to(joined.sequence_RG, (k, neurons)).T,
+        activation_FRT=joined.activation_FRT,
     )
-    return merge(top)
 
 
-def _merge_shard(top: TopK) -> Ranked:
+def join(top: TopK, mesh: Mesh) -> TopK:
+    """One top-k, without the axis P, from those of all data shards; rank r lies in slot r."""
+    specs = jax.tree.map(lambda spec: P(*tuple(spec)[1:]), partition_specs(top))
+    return jax.shard_map(
+        _join_shard, mesh=mesh, in_specs=(partition_specs(top),), out_specs=specs, check_vma=False
+    )(top)
+
+
+def _join_shard(top: TopK) -> TopK:
     top = jax.tree.map(lambda x: x[0], top)
     neurons, k, _ = top.activation_FRT.shape
     part = lax.axis_index("data")
 
     def gathered(x_RG: Array) -> Array:
-        """All parts' ranks side by side, [R * parts, F]."""
-        x_RF = jnp.broadcast_to(x_RG, (k, neurons))
-        return lax.all_gather(x_RF, "data", axis=0, tiled=True)
+        """All parts' ranks side by side, [R * parts, G]."""
+        return lax.all_gather(x_RG, "data", axis=0, tiled=True)
 
-    owner_RF = jnp.full((k, neurons), part, jnp.int32)
     priority, sequence, owner, slot = lax.sort(
         (
             -gathered(top.priority_RG),
             gathered(top.sequence_RG),
-            gathered(owner_RF),
+            gathered(jnp.full_like(top.slot_RG, part)),
             gathered(top.slot_RG),
         ),
         dimension=0,
         num_keys=2,
     )
-    priority_FR, sequence_FR, owner_FR, slot_FR = (x[:k].T for x in (-priority, sequence, owner, slot))
+    owner_FR, slot_FR = (jnp.broadcast_to(x[:k], (k, neurons)).T for x in (owner, slot))
     mine_FRT = jnp.take_along_axis(top.activation_FRT, slot_FR[:, :, None], axis=1)
     # Every winner has one owner, so adding zeros from the others moves it unchanged.
     mine_FRT = jnp.where((owner_FR == part)[:, :, None], mine_FRT, 0)
-    return Ranked(
-        priority_FR=priority_FR,
-        sequence_FR=sequence_FR,
+    return TopK(
+        priority_RG=-priority[:k],
+        sequence_RG=sequence[:k],
+        slot_RG=jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32)[:, None], priority[:k].shape),
         activation_FRT=lax.psum(mine_FRT, "data"),
     )

@@ -72,26 +72,38 @@ def update_moments(
         return jnp.einsum("BT,BTF->F", ones_BT, functools.reduce(operator.add, terms), precision="highest")
 
     here = counted_BT.sum(dtype=jnp.uint32)
-    count = moments.token_count + here
-    divisor = jnp.maximum(here, 1).astype(jnp.float32)
-    centre_F = weighted_sum(lambda x_BTF: x_BTF) / divisor
+    centre_F = weighted_sum(lambda x_BTF: x_BTF) / jnp.maximum(here, 1).astype(jnp.float32)
 
     def deviations(power: int) -> Array:
         return weighted_sum(lambda x_BTF: (x_BTF - centre_F[None, None]) ** power)
 
-    # The first sum is what rounding the mean left. Without it a neuron that does not vary would seem to,
-    # and a skewness beside a large mean would be wrong in the third digit.
-    sums = PowerSums(deviations(1), deviations(2), deviations(3), deviations(4))
-    share_here = here.astype(jnp.float32) / jnp.maximum(count, 1).astype(jnp.float32)
-    shift_F = centre_F - moments.mean_F + sums.first_F / divisor
-    mean_F = moments.mean_F + shift_F * share_here
-    before = _recentred(moments.sums, moments.token_count.astype(jnp.float32), by_F=mean_F - moments.mean_F)
-    batch = _recentred(sums, here.astype(jnp.float32), by_F=mean_F - centre_F)
+    batch = Moments(
+        token_count=here,
+        mean_F=centre_F,
+        # The first sum is what rounding the mean left. Without it a neuron that does not vary would seem to,
+        # and a skewness beside a large mean would be wrong in the third digit.
+        sums=PowerSums(deviations(1), deviations(2), deviations(3), deviations(4)),
+        active_F=weighted_sum(lambda x_BTF: x_BTF > active_above).astype(jnp.uint32),
+    )
+    return add_moments(moments, batch)
+
+
+def add_moments(one: Moments, other: Moments) -> Moments:
+    """Moments of the tokens of both, in float32."""
+    count = one.token_count + other.token_count
+    divisor = jnp.maximum(other.token_count, 1).astype(jnp.float32)
+    share = other.token_count.astype(jnp.float32) / jnp.maximum(count, 1).astype(jnp.float32)
+    shift_F = other.mean_F - one.mean_F + other.sums.first_F / divisor
+    mean_F = one.mean_F + shift_F * share
+    sums = (
+        _recentred(part.sums, part.token_count.astype(jnp.float32), by_F=mean_F - part.mean_F)
+        for part in (one, other)
+    )
     return Moments(
         token_count=count,
         mean_F=mean_F,
-        sums=jax.tree.map(operator.add, before, batch),
-        active_F=moments.active_F + weighted_sum(lambda x_BTF: x_BTF > active_above).astype(jnp.uint32),
+        sums=jax.tree.map(operator.add, *sums),
+        active_F=one.active_F + other.active_F,
     )
 
 

@@ -152,8 +152,9 @@ def statistics_arrays(*, layers: int, neurons: int, quantiles: int) -> dict[str,
             shape=shape,
             dtype=dtype,
             fill=fill,
+            # A layer is a file, since another process may write the next one.
             chunk=(1, neurons),
-            shard=shape,
+            shard=(1, neurons),
         )
 
     single = {name: spec("int64", -1) if name == "count" else spec("float32", "NaN") for name in STATISTICS}
