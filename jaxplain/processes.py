@@ -175,7 +175,7 @@ def _follow(stop: StopRequest) -> None:
 
 @contextlib.contextmanager
 def one_job() -> Iterator[None]:
-    """A run of several processes: those that agree to end do so together, and the death of one ends the others.
+    """A run of several processes: those that agree to end do so together, and one that dies ends the others.
 
     Raises JaxplainError, with one sentence of the process that knows.
     """

@@ -19,6 +19,7 @@ from jaxplain.stopping import StopRequest
 
 _SECONDS_BETWEEN_TALKS = 2.0
 _MOST_STEPS_BETWEEN_TALKS = 1000
+_MOST_TOKENS = 2**32  # per data shard, counted as uint32
 
 
 class SplitCheckpoints:
@@ -91,7 +92,7 @@ class SplitCheckpoints:
         if len(counted_P) == parts:
             return
         groups = np.arange(len(counted_P)) * parts // len(counted_P)
-        if np.bincount(groups, counted_P).max() + remaining / parts >= 2**32:
+        if np.bincount(groups, counted_P).max() + remaining / parts >= _MOST_TOKENS:
             raise JaxplainError(
                 f"run.mesh.data is {parts} and was {len(counted_P)} before, and some data shard would have "
                 f"more than the 4.3e9 tokens that can be counted; go on with {len(counted_P)} or more."

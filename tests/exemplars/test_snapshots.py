@@ -1,0 +1,165 @@
+"""What goes through a checkpoint to another mesh is the reduction of all that was read, ties and all."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxplain.exemplars.merging import merge_partials, merge_sample
+from jaxplain.exemplars.moments import merge_moments
+from jaxplain.exemplars.reduction import KINDS, Fold, LayerReduction, Rows, empty_reduction
+from jaxplain.exemplars.snapshots import reductions_from, regroup, snapshot, snapshot_form
+from jaxplain.exemplars.topk import EMPTY
+from tests.exemplars.test_reduction import (
+    MESHES,
+    assert_equals_oracle,
+    assert_statistics_equal_oracle,
+    draw,
+    fold_batch,
+    make_mesh,
+    token_lottery,
+)
+
+TOKENS, NEURONS, K, BATCH, SAMPLED = 7, 16, 6, 8, 40
+
+
+def empty(mesh, neurons=NEURONS):
+    return empty_reduction(
+        kinds=KINDS,
+        neurons=neurons,
+        k=K,
+        tokens=TOKENS,
+        sampled_tokens=SAMPLED,
+        dtype=jnp.dtype("float16"),
+        mesh=mesh,
+    )
+
+
+def fold(reduction, acts, mesh, start, stop):
+    """The reduction with sequences `start` to `stop`, which are whole batches, folded in."""
+    acts_NTF, counted_NT, lottery_N = acts
+    for first in range(start, stop, BATCH):
+        batch = slice(first, first + BATCH)
+        rows = Rows(
+            tokens_BT=jnp.zeros((BATCH, TOKENS), jnp.int32),
+            counted_BT=jnp.asarray(counted_NT[batch]),
+            sequence_B=jnp.arange(first, first + BATCH, dtype=jnp.int32),
+            lottery_B=jnp.asarray(lottery_N[batch]),
+            token_lottery_BT=jnp.asarray(token_lottery(counted_NT)[batch]),
+        )
+        passing = Fold(reduction=reduction, rows=rows, neurons=None, active_above=0.0, mesh=mesh)
+        reduction = fold_batch(passing, jnp.asarray(acts_NTF[batch]))
+    return reduction
+
+
+def moved(reduction, before, after, *, kept=NEURONS, neurons=NEURONS):
+    """The reduction as it goes on after a checkpoint; arrays are put where a checkpoint would put them."""
+    found = snapshot({3: reduction}, kept={3: kept}, mesh=before)
+    like = {3: jax.eval_shape(functools.partial(empty, after, neurons))}
+    form = snapshot_form(like, kept={3: kept}, parts=before.shape["data"], mesh=after)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), form
+    )
+    placed = jax.tree.map(lambda x, wanted: jax.device_put(np.asarray(x), wanted.sharding), found, form)
+    return reductions_from(placed, like, after)[3]
+
+
+@pytest.mark.parametrize("after", MESHES)
+@pytest.mark.parametrize("before", MESHES)
+def test_any_mesh_goes_on_from_any_other(before, after):
+    before, after = make_mesh(*before), make_mesh(*after)
+    # With two levels nearly every priority is a tie, which the lower sequence id must win.
+    for seed, levels in ((0, None), (1, 2)):
+        acts = draw(seed, 48, TOKENS, NEURONS, levels=levels)
+        reduction = moved(fold(empty(before), acts, before, 0, 24), before, after)
+        reduction = fold(reduction, acts, after, 24, 48)
+        result = merge_partials(reduction, after), merge_moments(reduction.moments)
+        assert_equals_oracle(result, *acts, K)
+        mesh = make_mesh(1, 1)
+        whole = fold(empty(mesh), acts, mesh, 0, 48)
+        np.testing.assert_array_equal(merge_sample(reduction, after), merge_sample(whole, mesh))
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_the_same_mesh_goes_on_with_the_same_bits(shape):
+    mesh = make_mesh(*shape)
+    acts = draw(2, 48, TOKENS, NEURONS)
+    whole = fold(empty(mesh), acts, mesh, 0, 48)
+    reduction = fold(moved(fold(empty(mesh), acts, mesh, 0, 16), mesh, mesh), acts, mesh, 16, 48)
+    for one, other in zip(
+        jax.tree.leaves((merge_partials(reduction, mesh), reduction.moments)),
+        jax.tree.leaves((merge_partials(whole, mesh), whole.moments)),
+        strict=True,
+    ):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+def test_fewer_sequences_than_ranks():
+    acts_NTF, counted_NT, lottery_N = draw(3, 8, TOKENS, NEURONS)
+    counted_NT[4:] = False
+    acts = acts_NTF, counted_NT, lottery_N
+    before, after = make_mesh(2, 4), make_mesh(4, 2)
+    reduction = moved(fold(empty(before), acts, before, 0, 8), before, after)
+    result = merge_partials(reduction, after), merge_moments(reduction.moments)
+    assert_equals_oracle(result, *acts, K)
+
+
+def test_shards_that_go_on_empty_take_nothing_that_is_too_weak():
+    """Otherwise each of them would copy the activations of its next sequences for nothing."""
+    acts = draw(4, 48, TOKENS, NEURONS)
+    before, after = make_mesh(1, 1), make_mesh(4, 1)
+    reduction = moved(fold(empty(before), acts, before, 0, 24), before, after)
+    weakest = np.asarray(reduction.tops["max"].priority_RG)
+    np.testing.assert_array_equal(weakest[1:].min(axis=(0, 1)), weakest[0, -1])
+    acts_NTF, counted_NT, lottery_N = acts
+    dull = (np.clip(acts_NTF, -0.01, 0.01), counted_NT, lottery_N)
+    later = fold(reduction, dull, after, 24, 48)
+    taken = np.asarray(later.tops["max"].sequence_RG)
+    assert not ((taken >= 24) & (taken < 48)).any()
+    assert (taken[1:] != EMPTY).all()
+
+
+@pytest.mark.parametrize(("before", "after"), [((2, 4), (4, 2)), ((8, 1), (1, 8)), ((1, 8), (2, 4))])
+@pytest.mark.parametrize("kept", [1, 3, 7])
+def test_neurons_that_fill_the_mesh_up_are_left_out(before, after, kept):
+    before, after = make_mesh(*before), make_mesh(*after)
+
+    def padded(mesh):
+        size = mesh.shape["model"]
+        return np.pad(np.arange(kept), (0, -kept % size), mode="edge")
+
+    acts_NTF, counted_NT, lottery_N = draw(5, 48, TOKENS, NEURONS)
+    sides = [(acts_NTF[:, :, padded(mesh)], counted_NT, lottery_N) for mesh in (before, after)]
+    reduction = fold(empty(before, len(padded(before))), sides[0], before, 0, 24)
+    reduction = moved(reduction, before, after, kept=kept, neurons=len(padded(after)))
+    reduction = fold(reduction, sides[1], after, 24, 48)
+    result = merge_partials(reduction, after), merge_moments(reduction.moments)
+    assert_equals_oracle(result, *sides[1], K)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 8), (8, 1), (8, 3), (3, 8), (4, 2), (2, 2)])
+def test_moments_of_another_number_of_shards(before, after):
+    mesh = make_mesh(before, 1) if before in (1, 2, 4, 8) else None
+    acts = draw(6, 48, TOKENS, NEURONS)
+    acts[0][...] += 100  # a mean far from 0, beside which a careless sum of squares would be lost
+    if mesh is None:
+        eight = fold(empty(make_mesh(8, 1)), acts, make_mesh(8, 1), 0, 48).moments
+        moments = regroup(eight, before)
+    else:
+        moments = fold(empty(mesh), acts, mesh, 0, 48).moments
+    found = regroup(moments, after)
+    assert found.mean_F.shape == (after, NEURONS)
+    assert found.token_count.dtype == jnp.uint32
+    assert_statistics_equal_oracle(merge_moments(found), acts[0], acts[1])
+    if before == after:
+        assert found is moments
+
+
+def test_what_a_checkpoint_does_not_know_of_is_refused():
+    mesh = make_mesh(1, 1)
+    reduction = empty(mesh)
+    more = LayerReduction(tops=reduction.tops, tokens=jnp.zeros(3), moments=reduction.moments)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="a checkpoint would lose"):
+        snapshot({0: more}, kept={0: NEURONS}, mesh=mesh)
