@@ -52,7 +52,7 @@ class Checkpoints:
         # What Orbax logs on its way to an exception, the exception says too.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.folder = folder if "://" in str(folder) else Path(folder).expanduser().absolute()
-        self._writing = False
+        self._unchecked = False
         with self._failing():
             self._manager = ocp.CheckpointManager(
                 self.folder,
@@ -93,20 +93,25 @@ class Checkpoints:
                 ),
                 force=True,
             )
-        self._writing = True
+        self._unchecked = True
+
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written in the background."""
+        return self._manager.is_saving_in_progress()
 
     def check(self) -> None:
         """Raise JaxplainError if what was written in the background has failed by now."""
         # Nothing of Orbax's is asked before it has ended: asking takes the error from the thread that
         # removes older checkpoints, which then takes the new one for complete.
-        if self._writing and not self._manager.is_saving_in_progress():
+        if self._unchecked and not self.writing:
             self.wait()
 
     def wait(self) -> None:
         """Wait until everything is written. Raises JaxplainError where that fails."""
         with self._failing():
             self._manager.wait_until_finished()
-        self._writing = False
+        self._unchecked = False
 
     def restore(self, like: Callable[[dict[str, Any]], State]) -> Restored[State] | None:
         """The newest state that can be read, or None where none was ever saved; newer ones are removed.
