@@ -4,9 +4,9 @@
 
 SmolLM2-135M-Instruct, all layers, max, min and random with activations, in a state full of random activations
 (which compress badly) that nothing enters any more. Steps are timed while no checkpoint is written, then a
-checkpoint is saved and steps are timed until it is on disk. Its cost is the time that `save` holds the run up,
-and what those steps took longer than the median step before. Medians over repetitions; `share` is of a run that
-saves one every 10 minutes, the default. Prints JSON.
+checkpoint is saved and steps are timed until it is on disk. Its cost is how long `save` holds the run up,
+and what those steps took longer than the median step before. Medians over repetitions; `share` is of a run
+that saves one every 10 minutes, the default. Prints JSON.
 """
 
 import argparse

@@ -75,8 +75,9 @@ def extract(config: ExtractConfig, *, overwrite: bool = False) -> None:
     path = _join(config.output, STORE_NAME)
     with StopRequest() as stop:
         with together():
+            exists = not Files(path).is_empty()
             unfinished = None if overwrite else unfinished_store(path)
-            if not overwrite and unfinished is None and not Files(path).is_empty():
+            if exists and unfinished is None and not overwrite:
                 raise JaxplainError(
                     f"{path} exists already; choose another output, or replace it with --overwrite."
                 )
