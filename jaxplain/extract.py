@@ -88,7 +88,10 @@ def extract(config: ExtractConfig, *, overwrite: bool = False) -> None:
                 require_same(_decisive(unfinished), _decisive(attributes), config.output)
         require_agreement(_decisive(attributes) | {"run": recorded(config.run)} | _versions())
         step, weights = make_step(
-            subject.load(mesh, depth=selection.depth), mesh, active_above=config.statistics.active_above
+            subject.load(mesh, depth=selection.depth, over_data=config.run.shard_weights),
+            mesh,
+            active_above=config.statistics.active_above,
+            gather=config.run.shard_weights,
         )
         extraction = Extraction(
             config=config,

@@ -344,6 +344,8 @@ class RunConfig:
     Args:
         batch_size: Sequences per step, over all devices.
         mesh: How devices are arranged.
+        shard_weights: Spread the weights over `mesh.data` too, and gather each layer's when it is used. For
+            models that `mesh.model` alone does not make small enough; it costs communication in every step.
         checkpoint_minutes: Save what is found so far after so many minutes, to go on from after an
             interruption; 0 is never.
         checkpoint_steps: Save it after so many steps; 0 leaves it to the minutes. SIGTERM saves it anyway.
@@ -354,6 +356,7 @@ class RunConfig:
 
     batch_size: int = 32
     mesh: MeshConfig = MeshConfig()
+    shard_weights: bool = dataclasses.field(default=False, metadata=_LATER)
     checkpoint_minutes: float = dataclasses.field(default=10.0, metadata=_LATER)
     checkpoint_steps: int = dataclasses.field(default=0, metadata=_LATER)
     checkpoint_folder: str | None = dataclasses.field(default=None, metadata=_LATER)

@@ -40,8 +40,11 @@ def load_decoder(
     dtype: jnp.dtype,
     depth: int | None = None,
     with_head: bool = False,
+    over_data: bool = False,
 ) -> Decoder:
     """The decoder with the folder's weights, of its first `depth` layers only where that is given.
+
+    Weights lie as `partition` says, with `over_data` spread over the mesh's axis `data` too.
 
     Raises JaxplainError where a parameter has no tensor, a tensor no parameter, or a shape differs.
     """
@@ -49,11 +52,18 @@ def load_decoder(
         lambda: Decoder(arch, rngs=nnx.Rngs(0), dtype=dtype, depth=depth, with_head=with_head)
     )
     abstract = nnx.state(model)
+
+    def place(target: str) -> jax.ShapeDtypeStruct:
+        shape, name = parameters[target].shape, target.rsplit(".", 1)[-1]
+        spec = partition(name, shape, mesh)
+        spec = spread_over_data(spec, shape, mesh) if over_data else spec
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
     parameters = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(abstract)}
     with _open_checkpoint(folder, family) as checkpoint:
         plan = _match(checkpoint, family, arch, parameters)
         loaded = {
-            target: _load(checkpoint[weight.source], weight, arch, parameters[target].shape, mesh, dtype)
+            target: _load(checkpoint[weight.source], weight, arch, place(target), dtype)
             for target, weight in plan.items()
         }
     for target, variable in parameters.items():
@@ -72,6 +82,16 @@ def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
             spec[axis] = "model"
             break
     return P(*spec)
+
+
+def spread_over_data(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """A place on the mesh, and along the longest free axis that divides by it on `data` too."""
+    axes: list[str | None] = [*spec, *[None] * (len(shape) - len(spec))]
+    size = mesh.shape["data"]
+    free = [axis for axis in range(len(shape)) if axes[axis] is None and shape[axis] % size == 0]
+    if free and size > 1:
+        axes[max(free, key=lambda axis: shape[axis])] = "data"
+    return P(*axes)
 
 
 class _Checkpoint(dict[str, Any]):
@@ -158,7 +178,7 @@ def weights_of(family: Family, arch: Architecture) -> Iterator[Weight]:
 
 
 def _load(
-    tensor: Any, weight: Weight, arch: Architecture, shape: tuple[int, ...], mesh: Mesh, dtype: jnp.dtype
+    tensor: Any, weight: Weight, arch: Architecture, place: jax.ShapeDtypeStruct, dtype: jnp.dtype
 ) -> jax.Array:
     expected, found = source_shape(weight, arch), tuple(tensor.get_shape())
     if found != expected:
@@ -170,5 +190,5 @@ def _load(
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
         return read_parameter(tensor, weight, arch, index or ()).astype(dtype)
 
-    name = weight.target.rsplit(".", 1)[-1]
-    return jax.make_array_from_callback(shape, NamedSharding(mesh, partition(name, shape, mesh)), read)
+    assert place.sharding is not None
+    return jax.make_array_from_callback(place.shape, place.sharding, read)
