@@ -8,10 +8,11 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxplain.configs.extraction import SubjectConfig
 from jaxplain.exemplars.reduction import KINDS, Rows, empty_reduction
 from jaxplain.exemplars.step import make_step
 from jaxplain.subjects.decoder import Decoder
-from jaxplain.subjects.loading import load_decoder, partition, spread_over_data
+from jaxplain.subjects.loading import partition, spread_over_data
 from jaxplain.subjects.subject import open_subject
 from tests import tiny
 from tests.exemplars.test_reduction import make_mesh
@@ -39,8 +40,6 @@ def test_a_mesh_without_data_shards_spreads_nothing():
 
 
 def test_every_device_holds_a_share(tmp_path):
-    from jaxplain.configs.extraction import SubjectConfig
-
     subject = open_subject(SubjectConfig(id=str(tiny.write_model(tmp_path / "model"))))
     mesh = make_mesh(4, 2)
 
@@ -53,7 +52,6 @@ def test_every_device_holds_a_share(tmp_path):
     assert spread < 0.27 * whole
     for x, y in zip(one, other, strict=True):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
-    assert load_decoder.__kwdefaults__["over_data"] is False
 
 
 def test_the_store_is_the_same(tmp_path):

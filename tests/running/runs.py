@@ -22,17 +22,16 @@ class Crash(BaseException):
     """Stands in for a sudden end where no other process is needed to see what is left."""
 
 
-def write_config(folder, **run):
+def write_config(folder, *, documents=150, sequences=SEQUENCES, **run):
     """A model, a corpus and a config that uses both, under a folder; gives the config's path."""
-    if not (folder / "model").exists():
-        tiny.write_model(folder / "model")
-        tiny.write_corpus(folder / "docs.jsonl", 150)
+    tiny.write_model(folder / "model", tiny.LLAMA | {"num_hidden_layers": 2})
+    tiny.write_corpus(folder / "docs.jsonl", documents)
     config = {
         "subject": {"id": str(folder / "model")},
         "corpus": {
             "sources": [{"dataset": "json", "data_files": str(folder / "docs.jsonl")}],
             "sequence_length": 20,
-            "max_sequences": SEQUENCES,
+            "max_sequences": sequences,
             "splits": {"train": 0.5, "valid": 0.5},
             "exclude": {"special": True, "first": 1},
         },

@@ -12,7 +12,6 @@ import time
 
 import pytest
 
-from tests import tiny
 from tests.running import runs
 
 MOMENTS = ("cutting", "step", "checkpoint", "writing", "any")
@@ -21,11 +20,7 @@ MOMENTS = ("cutting", "step", "checkpoint", "writing", "any")
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
-    tiny.write_model(folder / "model")
-    tiny.write_corpus(folder / "docs.jsonl", 1500)
-    path = runs.write_config(folder, checkpoint_steps=5)
-    path.write_text(path.read_text().replace("max_sequences: 45", "max_sequences: 800"))
-    return path
+    return runs.write_config(folder, documents=1500, sequences=800, checkpoint_steps=5)
 
 
 @pytest.fixture(scope="module")

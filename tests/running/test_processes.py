@@ -110,7 +110,7 @@ def test_an_error_of_all_is_said_once(config, tmp_path):
     arguments = ("--neurons.layers", "[7]")
     statuses, _, err = ended(start(config, tmp_path / "a", *arguments, processes=2, devices=2))
     assert statuses == [2, 2]
-    assert err == ["error: neurons.layers names layer 7, but the subject's layers are 0 to 2.\n", ""]
+    assert err == ["error: neurons.layers names layer 7, but the subject's layers are 0 to 1.\n", ""]
     arguments = ("--corpus.sources", blank)
     statuses, _, err = ended(start(config, tmp_path / "b", *arguments, processes=2, devices=2))
     assert statuses == [2, 2]
@@ -131,12 +131,7 @@ def test_an_error_of_one_ends_all(config, tmp_path):
 @pytest.fixture(scope="module")
 def long_config(tmp_path_factory):
     """Two hundred steps or so for each split."""
-    folder = tmp_path_factory.mktemp("long")
-    tiny.write_model(folder / "model")
-    tiny.write_corpus(folder / "docs.jsonl", 2500)
-    path = runs.write_config(folder)
-    path.write_text(path.read_text().replace("max_sequences: 45", "max_sequences: 1600"))
-    return path
+    return runs.write_config(tmp_path_factory.mktemp("long"), documents=2500, sequences=1600)
 
 
 def wait_for(condition, started):
