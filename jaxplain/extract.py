@@ -102,11 +102,11 @@ def extract(config: ExtractConfig, *, overwrite: bool = False) -> None:
             excluded=excluded,
             mlp_width=subject.arch.neurons,
         )
-        writer = _open_writer(path, attributes, unfinished, config)
+        writer = _open_writer(path, attributes, unfinished, config, overwrite=overwrite)
         writer.write_vocabulary(token_bytes(subject.tokenizer, subject.arch.vocabulary))
         _extract_splits(extraction, writer, sources, subject, stop)
     writer.finish()
-    if leads() and config.run.checkpoint_folder is None and (kept := _checkpoint_folder(config)):
+    if leads() and (kept := _checkpoint_folder(config)):
         Files(kept).delete_all()
 
 
@@ -130,15 +130,26 @@ def _prepare(config: ExtractConfig) -> tuple[Subject, list[Source], Selection, M
 
 
 def _open_writer(
-    path: str, attributes: dict[str, Any], unfinished: Mapping[str, Any] | None, config: ExtractConfig
+    path: str,
+    attributes: dict[str, Any],
+    unfinished: Mapping[str, Any] | None,
+    config: ExtractConfig,
+    *,
+    overwrite: bool,
 ) -> StoreWriter:
     """The store that this run goes on with, or one that it begins."""
+    kept = _checkpoint_folder(config)
 
     def open_it() -> StoreWriter:
         if unfinished is not None:
             return StoreWriter(path, attributes, begun=unfinished.get("begun", ""))
-        for split in config.exemplars.splits if (kept := _checkpoint_folder(config)) else ():
-            Files(f"{kept}/{split}").delete_all()
+        if kept is not None and not Files(kept).is_empty():
+            if not overwrite:
+                raise JaxplainError(
+                    f"the checkpoints in {kept} are of a store that is not at {path}; "
+                    "name another run.checkpoint_folder, or start anew with --overwrite."
+                )
+            Files(kept).delete_all()
         return StoreWriter(path, attributes)
 
     with together():
@@ -187,8 +198,8 @@ def _extract_splits(
 
 def _checkpoint_folder(config: ExtractConfig) -> str | None:
     """Where checkpoints go; None where nowhere."""
-    path = _join(config.output, STORE_NAME)
-    return config.run.checkpoint_folder or (None if "://" in path else f"{path}.checkpoints")
+    folder = config.run.checkpoint_folder or (None if "://" in config.output else config.output)
+    return None if folder is None else _join(folder, f"{STORE_NAME}.checkpoints")
 
 
 def _report(split: str, table: TokenTable, config: CorpusConfig) -> None:

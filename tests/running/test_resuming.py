@@ -305,18 +305,22 @@ def test_checkpoints_may_lie_elsewhere(config, whole, tmp_path, monkeypatch):
     elsewhere = ("--run.checkpoint_folder", tmp_path / "kept")
     output = tmp_path / "run"
     interrupted(monkeypatch, config, output, *MESH, *elsewhere, steps=3, act=terminate, raised=Stopped)
-    assert (tmp_path / "kept" / "train" / str(3 * BATCH)).is_dir()
+    kept = tmp_path / "kept" / "exemplars.zarr.checkpoints"
+    assert (kept / "train" / str(3 * BATCH)).is_dir()
     assert [path.name for path in output.iterdir()] == ["exemplars.zarr.partial"]
     # Those of another store are not taken for this one's.
     other = tmp_path / "other"
     interrupted(monkeypatch, config, other, *MESH, steps=2, act=terminate, raised=Stopped)
     with pytest.raises(JaxplainError, match="are of another store than the one in the making; name another"):
         run(config, other, *MESH, *elsewhere)
+    # Nor are they removed for one that begins.
+    with pytest.raises(JaxplainError, match=r"are of a store that is not at .*new/exemplars\.zarr; name"):
+        run(config, tmp_path / "new", *MESH, *elsewhere)
     taken = runs.after_steps(monkeypatch, 0, crash)
     run(config, output, *MESH, *elsewhere)
     assert len(taken) == 2 * STEPS - 3
     runs.assert_same_bits(output, whole)
-    assert not (tmp_path / "kept" / "train").exists()
+    assert not kept.exists()
 
 
 @pytest.mark.parametrize(
