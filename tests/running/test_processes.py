@@ -29,11 +29,15 @@ def start(config, output, *arguments, processes, devices, of_each=lambda _: ()):
         port = place.getsockname()[1]
 
     def command(process):
-        given = ["--config", config, "--output", output, *arguments, *of_each(process)]
-        head = [sys.executable, "-m", "tests.running.worker", port, processes, process, devices]
-        return list(map(str, [*head, *given]))
+        meet = ("--coordinator", f"127.0.0.1:{port}", "--processes", processes, "--process", process)
+        given = ("--config", config, "--output", output, *arguments, *of_each(process))
+        return list(map(str, [sys.executable, "-m", "jaxplain.extract", *meet, *given]))
 
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+    }
     return [
         subprocess.Popen(
             command(process), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
