@@ -174,6 +174,8 @@ def _extract_splits(
     config = extraction.config
     kept = _checkpoint_folder(config)
     progress = progress_bars(enabled=config.run.progress and leads())
+    if kept is None and leads():
+        print("no checkpoints are saved, since run.checkpoint_folder names no folder for them")
     for split in config.exemplars.splits:
         # The first process looks: the others may not see yet what it wrote.
         complete, has_sequences = exchange([writer.has_split(split), writer.has_sequences(split)])[0]

@@ -16,6 +16,7 @@ from jaxplain.errors import JaxplainError, first_line
 from jaxplain.store.schema import ArraySpec
 
 _READ_CACHE_BYTES = 2**28
+_RETRIES = 5  # each after twice the time of the one before, from a second on
 
 
 def location(path: str | Path) -> str:
@@ -43,6 +44,8 @@ class Files:
             {
                 "cache_pool": {"total_bytes_limit": _READ_CACHE_BYTES},
                 "http_request_retries": {"max_retries": 3},
+                "s3_request_retries": {"max_retries": _RETRIES},
+                "gcs_request_retries": {"max_retries": _RETRIES},
             }
         )
         try:
