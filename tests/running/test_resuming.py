@@ -289,6 +289,15 @@ def test_a_run_that_found_nothing_yet_may_be_begun_anew(config, tmp_path):
     run(config, tmp_path / "run", "--neurons.layers", "[0]")
 
 
+def test_stale_locks_of_killed_writers_are_removed(config, whole, tmp_path, monkeypatch):
+    interrupted(monkeypatch, config, tmp_path, *MESH, steps=2, act=terminate, raised=Stopped)
+    table = tmp_path / "exemplars.zarr.partial" / "train" / "sequences" / "token"
+    (table / "zarr.json.__lock").write_bytes(b"")
+    run(config, tmp_path, *MESH)
+    runs.assert_same_bits(tmp_path, whole)
+    runs.assert_nothing_left(tmp_path)
+
+
 def test_the_newest_two_checkpoints_are_kept(config, tmp_path, monkeypatch):
     interrupted(monkeypatch, config, tmp_path, "--run.checkpoint_steps", 1, steps=5, act=crash, raised=Crash)
     assert checkpoints(tmp_path) == [3 * BATCH, 4 * BATCH]
