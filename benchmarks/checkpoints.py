@@ -25,6 +25,7 @@ import numpy as np
 
 from jaxplain.checkpoints import Checkpoints
 from jaxplain.configs.extraction import MeshConfig, RunConfig, StatisticsConfig, SubjectConfig
+from jaxplain.exemplars.draws import NEVER
 from jaxplain.exemplars.reduction import KINDS, LayerReduction, Rows, empty_reduction
 from jaxplain.exemplars.snapshots import snapshot
 from jaxplain.exemplars.step import make_step
@@ -59,7 +60,9 @@ def measure(
         counted_BT=jnp.ones((batch, tokens), bool),
         sequence_B=jnp.arange(batch, dtype=jnp.int32),
         lottery_B=jnp.asarray(rng.random(batch, np.float32)),
-        token_lottery_BT=jnp.asarray(-rng.random((batch, tokens), np.float32)),
+        turn_B=jnp.full(batch, NEVER, jnp.int32),
+        drawn_PW=jnp.full((1, batch * tokens), -1, jnp.int32),
+        slot_PW=jnp.full((1, batch * tokens), -1, jnp.int32),
     )
     state = {
         layer: filled(
@@ -90,7 +93,7 @@ def measure(
         for repeat in range(repeats + 1):
             usual = statistics.median(timed_step() for _ in range(steps))
             start = time.perf_counter()
-            checkpoints.save(repeat, snapshot(state, kept=kept, mesh=mesh), {})
+            checkpoints.save(repeat, snapshot(state, kept=kept, summed={}, mesh=mesh), {})
             held_up = time.perf_counter() - start
             during = []
             while checkpoints.writing:

@@ -3,15 +3,17 @@
     python benchmarks/extract.py [--torch PYTHON] [--store RUN]
 
 All rates are sequences per second, medians over interleaved steps of one process, float32,
-SmolLM2-135M-Instruct, random tokens, all layers, max, min and random with activations. The state is
-primed with the priorities that it would have after N sequences, so that a step does the work of a
-step at that point; `entries` says how many sequences really entered, per neuron, kind and step, and
-what was expected. With --torch (a Python that has torch and transformers) the peer in
-`benchmarks/torch_peer.py` is run right after. With --store, reading and size of a store are measured.
-Prints JSON.
+SmolLM2-135M-Instruct, random tokens, all layers, max, min and random with activations. The state is primed
+with the priorities that it would have after N sequences, so that a step does the work of a step at that
+point; `entries` says how many sequences really entered, per neuron, kind and step, and what was expected.
+`statistics` is what a step takes longer for moments and quantiles (the default), and for kind quantile and
+token tables of eight neurons per layer besides (everything), after 2,000 of 20,000 sequences. With --torch (a
+Python that has torch and transformers) the peer in `benchmarks/torch_peer.py` is run right after. With
+--store, reading and size of a store are measured. Prints JSON.
 """
 
 import argparse
+import contextlib
 import json
 import platform
 import statistics
@@ -21,6 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +31,11 @@ import numpy as np
 from flax import nnx
 
 import jaxplain
-from jaxplain.configs.extraction import MeshConfig, StatisticsConfig, SubjectConfig
+from jaxplain.configs.extraction import ExemplarsConfig, MeshConfig, StatisticsConfig, SubjectConfig
+from jaxplain.exemplars import reduction as reduction_module
 from jaxplain.exemplars.reduction import KINDS, LayerReduction, Rows, empty_reduction
-from jaxplain.exemplars.step import Reductions, make_step
+from jaxplain.exemplars.step import Reductions, Step, make_step
+from jaxplain.exemplars.strata import kept_of_draws, plan_strata
 from jaxplain.exemplars.topk import TopK
 from jaxplain.mesh import make_mesh
 from jaxplain.subjects.decoder import Decoder
@@ -38,6 +43,10 @@ from jaxplain.subjects.mlp import MLP_ACTIVATION, Sown
 from jaxplain.subjects.subject import Subject, open_subject
 
 CALIBRATION_BATCHES = 8
+FIRST_ID = 10**6
+SPLIT_ROWS = 20_000
+TABLED_NEURONS = 8
+"""Per layer."""
 
 
 class Extremes(NamedTuple):
@@ -72,7 +81,7 @@ def extremes_of(model: Decoder, batches: list[np.ndarray]) -> dict[int, dict[str
     }
 
 
-def top_priorities(sample_NF: np.ndarray, seen: int, k: int) -> np.ndarray:
+def top_priorities(sample_NF: np.ndarray, seen: float, k: int) -> np.ndarray:
     """Typical priorities of the k best of `seen` sequences, strongest first, [k, F].
 
     Beyond the sample's 90% quantile the distribution is continued by an exponential tail.
@@ -96,7 +105,30 @@ def primed(reduction: LayerReduction, extremes: dict[str, np.ndarray], seen: int
             sequence_RG=jnp.zeros_like(top.sequence_RG),
             slot_RG=jnp.array(top.slot_RG),
         )
-    return reduction._replace(tops=tops)
+    draws: dict[int, TopK] = {}
+    for drawn, top in reduction.draws.items():
+        kept, drawn_so_far = top.priority_RG.shape[1], seen * drawn / SPLIT_ROWS
+        priority_RG = top_priorities(extremes["max"], drawn_so_far, kept)
+        priority_RG[int(drawn_so_far) :] = -np.inf
+        draws[drawn] = top._replace(priority_RG=jnp.asarray(priority_RG)[None])
+    return reduction._replace(tops=tops, draws=draws)
+
+
+def random_rows(rng: np.random.Generator, subject: Subject, number: int, *, batch: int, tokens: int) -> Rows:
+    """A batch as it might come from the middle of a split of SPLIT_ROWS sequences."""
+    drawn = round(StatisticsConfig().sampled_tokens * batch / SPLIT_ROWS)
+    places = np.full((2, 1, batch * tokens), -1, np.int32)
+    places[0, 0, :drawn] = np.sort(rng.choice(batch * tokens, drawn, replace=False))
+    places[1, 0, :drawn] = np.arange(drawn)
+    return Rows(
+        tokens_BT=jnp.asarray(rng.integers(0, subject.arch.vocabulary, (batch, tokens), np.int32)),
+        counted_BT=jnp.ones((batch, tokens), bool),
+        sequence_B=jnp.arange(batch, dtype=jnp.int32) + FIRST_ID + batch * number,
+        lottery_B=jnp.asarray(rng.random(batch, np.float32)),
+        turn_B=jnp.asarray(rng.integers(0, SPLIT_ROWS, batch, np.int32)),
+        drawn_PW=jnp.asarray(places[0]),
+        slot_PW=jnp.asarray(places[1]),
+    )
 
 
 def measure(subject: Subject, *, batch: int, tokens: int, k: int, steps: int) -> dict[str, Any]:
@@ -111,17 +143,6 @@ def measure(subject: Subject, *, batch: int, tokens: int, k: int, steps: int) ->
         return rng.integers(0, subject.arch.vocabulary, (batch, tokens), np.int32)
 
     extremes = extremes_of(model, [draw() for _ in range(CALIBRATION_BATCHES)])
-    first_id = 10**6
-
-    def rows(number: int) -> Rows:
-        return Rows(
-            tokens_BT=jnp.asarray(draw()),
-            counted_BT=jnp.ones((batch, tokens), bool),
-            sequence_B=jnp.arange(batch, dtype=jnp.int32) + first_id + batch * number,
-            lottery_B=jnp.asarray(rng.random(batch, np.float32)),
-            token_lottery_BT=jnp.asarray(-rng.random((batch, tokens), np.float32)),
-        )
-
     states: dict[int, Reductions] = {}
     for seen in (2_000, 20_000):
         states[seen] = {
@@ -143,7 +164,7 @@ def measure(subject: Subject, *, batch: int, tokens: int, k: int, steps: int) ->
         }
     seconds: dict[Any, list[float]] = {"trunk": [], 2_000: [], 20_000: []}
     for number in range(steps + 1):
-        batch_rows = jax.block_until_ready(rows(number))
+        batch_rows = jax.block_until_ready(random_rows(rng, subject, number, batch=batch, tokens=tokens))
         start = time.perf_counter()
         jax.block_until_ready(trunk(weights, batch_rows.tokens_BT))
         seconds["trunk"].append(time.perf_counter() - start)
@@ -160,7 +181,7 @@ def measure(subject: Subject, *, batch: int, tokens: int, k: int, steps: int) ->
                     float(
                         np.mean(
                             [
-                                np.mean((np.asarray(r.tops[kind].sequence_RG) >= first_id).sum(1))
+                                np.mean((np.asarray(r.tops[kind].sequence_RG) >= FIRST_ID).sum(1))
                                 for r in state.values()
                             ]
                         )
@@ -181,6 +202,78 @@ def measure(subject: Subject, *, batch: int, tokens: int, k: int, steps: int) ->
         "ratio_to_trunk_after_2000": round(rates[2_000] / rates["trunk"], 3),
         "ratio_to_trunk_after_20000": round(rates[20_000] / rates["trunk"], 3),
         "entries": entries,
+    }
+
+
+def measure_statistics(subject: Subject, *, batch: int, tokens: int, k: int, steps: int) -> dict[str, Any]:
+    """What statistics add to a step, as a share of a step that only keeps exemplars (max, min and random)."""
+    mesh = make_mesh(MeshConfig(), batch_size=batch, mlp_width=subject.arch.neurons)
+    model = subject.load(mesh)
+    rng = np.random.default_rng(0)
+    shape = (batch, tokens)
+    calibration = [
+        rng.integers(0, subject.arch.vocabulary, shape, np.int32) for _ in range(CALIBRATION_BATCHES)
+    ]
+    extremes = extremes_of(model, calibration)
+    exemplars = ExemplarsConfig()
+    state = {
+        layer: primed(
+            empty_reduction(
+                kinds=KINDS,
+                neurons=subject.arch.neurons,
+                k=k,
+                tokens=tokens,
+                sampled_tokens=StatisticsConfig().sampled_tokens,
+                dtype=jnp.dtype("float16"),
+                mesh=mesh,
+                draws=kept_of_draws(plan_strata(exemplars.strata, wanted=exemplars.samples_per_quantile)),
+                summed=np.arange(TABLED_NEURONS, dtype=np.int32),
+                vocabulary=subject.arch.vocabulary,
+            ),
+            extremes[layer],
+            2_000,
+            k,
+        )
+        for layer in range(subject.arch.layers)
+    }
+    unchanged = {
+        name: mock.patch.object(reduction_module, name, lambda state, *_, **__: state)
+        for name in ("update_moments", "update_sample")
+    }
+    variants = ("exemplars", "default", "everything")
+    steps_of: dict[str, tuple[Step, nnx.State]] = {name: make_step(model, mesh) for name in variants}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(steps + 1):
+        for place in range(len(variants)):
+            name = variants[(number + place) % len(variants)]
+            step, weights = steps_of[name]
+            rows = random_rows(rng, subject, number * len(variants) + place, batch=batch, tokens=tokens)
+            jax.block_until_ready(rows)
+            part = state
+            if name != "everything":
+                part = {layer: r._replace(draws={}, token_sums=None) for layer, r in state.items()}
+            with contextlib.ExitStack() as stack:
+                if name == "exemplars":  # traced in the first round
+                    for patch in unchanged.values():
+                        stack.enter_context(patch)
+                start = time.perf_counter()
+                done = jax.block_until_ready(step(part, weights, rows, {}))
+                seconds[name].append(time.perf_counter() - start)
+            if name == "everything":
+                state = done
+            else:
+                state = {
+                    layer: r._replace(draws=state[layer].draws, token_sums=state[layer].token_sums)
+                    for layer, r in done.items()
+                }
+    # The first of each compiles. Rounds are compared each in itself, whatever else the machine does.
+    alone = np.array(seconds["exemplars"][1:])
+    return {
+        name: {
+            "seconds_per_step": round(statistics.median(seconds[name][1:]), 4),
+            "overhead": round(float(np.median(np.array(seconds[name][1:]) / alone)) - 1, 4),
+        }
+        for name in variants
     }
 
 
@@ -212,6 +305,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=95)
     parser.add_argument("--k", type=int, default=100)
     parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--only", choices=("speed", "statistics"), help="measure one of the two alone")
     parser.add_argument("--torch", help="a Python that has torch and transformers")
     parser.add_argument("--peer", default=str(Path(__file__).with_name("torch_peer.py")))
     parser.add_argument("--store", help="a run whose reading and size to measure")
@@ -220,8 +314,11 @@ def main() -> None:
     sizes = {"batch": options.batch, "tokens": options.tokens, "k": options.k}
     report: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "jax": jax.__version__}
     report |= {"devices": str(jax.devices()), "subject": subject.id, "dtype": "float32", **sizes}
-    report |= measure(subject, **sizes, steps=options.steps)
-    if options.torch:
+    if options.only != "statistics":
+        report |= measure(subject, **sizes, steps=options.steps)
+    if options.only != "speed":
+        report["statistics"] = measure_statistics(subject, **sizes, steps=options.steps)
+    if options.torch and options.only != "statistics":
         command = [options.torch, options.peer, "--model", str(subject.folder), "--steps", str(options.steps)]
         command += [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
         peer = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)

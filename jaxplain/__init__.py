@@ -8,6 +8,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from jaxplain.errors import JaxplainError
 from jaxplain.store.reader import Exemplar, Neuron, NeuronStatistics, Split, Store, open_store
+from jaxplain.store.token_means import TokenMean
 
 __all__ = [
     "Exemplar",
@@ -16,6 +17,7 @@ __all__ = [
     "NeuronStatistics",
     "Split",
     "Store",
+    "TokenMean",
     "__version__",
     "open_store",
 ]

@@ -25,6 +25,7 @@ from jaxplain.errors import JaxplainError
 from jaxplain.exemplars.extraction import Extraction
 from jaxplain.exemplars.selection import Selection, select_neurons
 from jaxplain.exemplars.step import make_step
+from jaxplain.exemplars.token_sums import choose_neurons
 from jaxplain.mesh import make_mesh
 from jaxplain.processes import (
     exchange,
@@ -87,6 +88,9 @@ def extract(config: ExtractConfig, *, overwrite: bool = False) -> None:
                     f"{path} exists already; choose another output, or replace it with --overwrite."
                 )
             subject, sources, selection, mesh = _prepare(config)
+            tabled = choose_neurons(
+                config.statistics.tokens.neurons, selection.indices, seed=config.corpus.seed
+            )
             excluded = _excluded_tokens(config.corpus, subject)
             attributes = _attributes(config, subject, sources)
             if unfinished is not None:
@@ -106,6 +110,8 @@ def extract(config: ExtractConfig, *, overwrite: bool = False) -> None:
             weights=weights,
             excluded=excluded,
             mlp_width=subject.arch.neurons,
+            vocabulary=subject.arch.vocabulary,
+            tabled=tabled,
         )
         writer = _open_writer(path, attributes, unfinished, config, overwrite=overwrite)
         writer.write_vocabulary(token_bytes(subject.tokenizer, subject.arch.vocabulary))

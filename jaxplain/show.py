@@ -22,7 +22,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--layer", type=int, required=True, help="layer, from 0")
     parser.add_argument("--neuron", type=int, required=True, help="neuron of that layer, from 0")
     parser.add_argument("--split", help="split; the store's first one by default")
-    parser.add_argument("--kind", default="max", help="max, min or random")
+    parser.add_argument("--kind", default="max", help="max, min, random or quantile")
     parser.add_argument("--limit", type=int, default=10, help="exemplars to show")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     options = parser.parse_args(list(arguments))

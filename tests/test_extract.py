@@ -361,8 +361,8 @@ def test_existing_output_is_kept_unless_told(workspace, tmp_path):
 def test_activations_that_are_not_finite_are_an_error_at_once(workspace, tmp_path, monkeypatch):
     steps = []
 
-    def counting(*arguments):
-        step, weights = make_step(*arguments)
+    def counting(*arguments, **options):
+        step, weights = make_step(*arguments, **options)
         return lambda *inputs: steps.append(1) or step(*inputs), weights
 
     monkeypatch.setattr("jaxplain.extract.make_step", counting)

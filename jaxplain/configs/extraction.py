@@ -6,7 +6,8 @@ import re
 from typing import Literal
 
 from jaxplain.configs.checks import require
-from jaxplain.exemplars.reduction import Kind
+
+ExemplarKind = Literal["max", "min", "random", "quantile"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -269,16 +270,21 @@ class ExemplarsConfig:
 
     Args:
         splits: Which of the corpus's splits to read.
-        kinds: max keeps the sequences with the highest activations, min those with the lowest, and
-            random a fair sample.
-        k: Sequences per neuron, split and kind.
+        kinds: max keeps the sequences with the highest activations, min those with the lowest, random a
+            fair sample, and quantile a fair sample of each part of the distribution of their maxima.
+        k: Sequences per neuron, split and kind; kind quantile has its own number.
         activation_dtype: Of the stored per-token activations; scores are float32 in any case.
+        samples_per_quantile: Sequences per neuron, split and stratum, for kind quantile.
+        strata: Levels between 0 and 1, ascending, that part the strata of kind quantile. The first stratum
+            has sequences whose maximum is below the first level of all maxima, the last those above the last.
     """
 
     splits: list[str] = dataclasses.field(default_factory=lambda: ["train", "valid"])
-    kinds: list[Kind] = dataclasses.field(default_factory=lambda: ["max", "min", "random"])
+    kinds: list[ExemplarKind] = dataclasses.field(default_factory=lambda: ["max", "min", "random"])
     k: int = 100
     activation_dtype: Literal["float16", "float32"] = "float16"
+    samples_per_quantile: int = dataclasses.field(default=5, metadata=_LATER)
+    strata: tuple[float, ...] = dataclasses.field(default=(0.25, 0.5, 0.75, 0.9, 0.99), metadata=_LATER)
 
     def __post_init__(self) -> None:
         for field in ("splits", "kinds"):
@@ -286,12 +292,55 @@ class ExemplarsConfig:
             unique = bool(values) and len(set(values)) == len(values)
             require(unique, f"exemplars.{field}", values, "name at least one, and none twice")
         require(self.k >= 1, "exemplars.k", self.k, "give a positive number of sequences")
+        require(
+            self.samples_per_quantile >= 1,
+            "exemplars.samples_per_quantile",
+            self.samples_per_quantile,
+            "give a positive number of sequences",
+        )
+        levels = list(self.strata)
+        require(
+            all(0 < level < 1 for level in levels) and sorted(set(levels)) == levels,
+            "exemplars.strata",
+            levels,
+            "give numbers between 0 and 1 that ascend",
+        )
 
 
 QUANTILES = (
     *(1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.05, 0.1, 0.25, 0.5),
     *(0.75, 0.9, 0.95, 0.99, 1 - 1e-3, 1 - 1e-4, 1 - 1e-5, 1 - 1e-6, 1 - 1e-7),
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenTableConfig:
+    """Mean activation of every vocabulary token over all tokens that count, for chosen neurons.
+
+    Args:
+        neurons: The neurons, as a list of [layer, neuron]; or how many to draw from those extracted. Each
+            takes 8 bytes of memory per vocabulary token, for every share of the sequences (run.mesh.data).
+        count: Vocabulary tokens to keep per neuron, with the highest means and again with the lowest.
+        min_count: Leave out vocabulary tokens that count less often than this.
+    """
+
+    neurons: int | list[list[int]] = 0
+    count: int = 50
+    min_count: int = 5
+
+    def __post_init__(self) -> None:
+        chosen = self.neurons
+        require(
+            all(len(pair) == 2 for pair in chosen) and bool(chosen)
+            if isinstance(chosen, list)
+            else chosen >= 0,
+            "statistics.tokens.neurons",
+            chosen,
+            "give pairs such as [[10, 42]], or a number of neurons",
+        )
+        for name in ("count", "min_count"):
+            value = getattr(self, name)
+            require(value >= 1, f"statistics.tokens.{name}", value, "give 1 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -303,12 +352,16 @@ class StatisticsConfig:
         quantiles: Levels from 0 to 1, ascending. Those in the tails are exact where kinds max and min are
             kept.
         sampled_tokens: Tokens drawn at random for quantiles between the tails; with 2,048 their rank is off
-            by more than 3% of all tokens once in twenty times, with four times as many by half of that.
+            by more than 3% of all tokens once in twenty times, with four times as many by half of that. (A
+            rate, such as one token in a thousand, would let memory grow with the corpus, and the error depend
+            on the corpus; the rate is this number over stats.count.)
+        tokens: Which neurons get a table of mean activations by vocabulary token.
     """
 
     active_above: float = 0.0
     quantiles: list[float] = dataclasses.field(default_factory=lambda: list(QUANTILES))
     sampled_tokens: int = 2048
+    tokens: TokenTableConfig = dataclasses.field(default=TokenTableConfig(), metadata=_LATER)
 
     def __post_init__(self) -> None:
         require(

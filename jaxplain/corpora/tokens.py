@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxplain.configs.extraction import CorpusConfig
 from jaxplain.corpora.cutting import PADDING, Window
-from jaxplain.corpora.hashing import lottery, token_lottery
+from jaxplain.corpora.hashing import lottery
 from jaxplain.corpora.sources import Source
 from jaxplain.corpora.windows import windows_of_split
 from jaxplain.errors import JaxplainError
@@ -89,15 +89,13 @@ class TokenBatch:
 
     `rows` counts the rows of the whole batch that are no padding, `first` is the number of its first row.
     `before_B` counts the tokens before each row's text (BOS, or the chat prefix); `sequence_B` are the row
-    numbers, `lottery_B` each row's number in the draw for random exemplars, and `token_lottery_BT` each
-    token's in the draw for quantiles.
+    numbers, and `lottery_B` each row's number in the draw for random exemplars.
     """
 
     tokens_BT: Int[np.ndarray, "B T"]
     before_B: Int[np.ndarray, "B"]
     sequence_B: Int[np.ndarray, "B"]
     lottery_B: Float[np.ndarray, "B"]
-    token_lottery_BT: Float[np.ndarray, "B T"]
     rows: int
     first: int
 
@@ -127,9 +125,6 @@ def token_batches(
             # Padding rows take the numbers that follow; they have no token that counts.
             sequence_B=np.arange(batch + skipped, batch + skipped + size, dtype=np.int32),
             lottery_B=np.pad(lottery(seed, document_N, start_N), padding),
-            token_lottery_BT=np.pad(
-                token_lottery(seed, document_N, start_N, tokens_NT.shape[1]), [*padding, (0, 0)]
-            ),
             rows=min(batch + batch_size, rows) - batch,
             first=batch,
         )

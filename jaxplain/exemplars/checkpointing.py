@@ -12,7 +12,13 @@ from jax.sharding import Mesh
 from jaxplain.checkpoints import Checkpoints
 from jaxplain.configs.extraction import RunConfig
 from jaxplain.errors import JaxplainError, Stopped
-from jaxplain.exemplars.snapshots import Snapshot, reductions_from, snapshot, snapshot_form
+from jaxplain.exemplars.snapshots import (
+    Snapshot,
+    Summed,
+    reductions_from,
+    snapshot,
+    snapshot_form,
+)
 from jaxplain.exemplars.step import Reductions
 from jaxplain.processes import exchange, leads
 from jaxplain.stopping import StopRequest
@@ -37,16 +43,17 @@ class SplitCheckpoints:
         begun: str,
         run: RunConfig,
         kept: Mapping[int, int],
+        summed: Summed,
         mesh: Mesh,
         stop: StopRequest,
     ):
         """`folder` is None where none can be kept, `begun` names the store in the making.
 
-        `kept` counts the neurons that are kept of each layer.
+        `kept` counts the neurons that are kept of each layer, `summed` is where some are summed by token.
         """
         self._store = None if folder is None else Checkpoints(folder)
         self._split, self._begun, self._run = split, begun, run
-        self._kept, self._mesh, self._stop = kept, mesh, stop
+        self._kept, self._summed, self._mesh, self._stop = kept, summed, mesh, stop
         self._saved_at, self._steps = time.monotonic(), 0
         self._talked_at, self._silent, self._silent_of = time.monotonic(), 0, 0
 
@@ -68,7 +75,9 @@ class SplitCheckpoints:
             return None
 
         def form(about: dict[str, Any]) -> Snapshot:
-            return snapshot_form(empty, kept=self._kept, parts=about["data"], mesh=self._mesh)
+            return snapshot_form(
+                empty, kept=self._kept, summed=self._summed, parts=about["data"], mesh=self._mesh
+            )
 
         found = self._store.restore(form)
         if found is None:
@@ -83,7 +92,8 @@ class SplitCheckpoints:
             for problem in found.unreadable:
                 print(problem, file=sys.stderr)
             print(f"{self._split}: going on from sequence {found.step:,} of {rows:,}", file=sys.stderr)
-        return found.step, reductions_from(found.state, empty, self._mesh)
+        reductions = reductions_from(found.state, empty, summed=self._summed, mesh=self._mesh)
+        return found.step, reductions
 
     def _require_countable(self, found: Snapshot, *, remaining: int) -> None:
         """Shards that are joined with others may have read more tokens than one can count."""
@@ -116,7 +126,7 @@ class SplitCheckpoints:
             self._talked_at = time.monotonic()
         if (due or stopped) and row > 0 and self._store is not None:
             about = {"begun": self._begun, "data": self._mesh.shape["data"]}
-            kept = snapshot(reductions, kept=self._kept, mesh=self._mesh)
+            kept = snapshot(reductions, kept=self._kept, summed=self._summed, mesh=self._mesh)
             self._store.save(row, kept, about)
             self._saved_at, self._steps = time.monotonic(), 0
         if stopped:

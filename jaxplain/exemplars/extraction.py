@@ -1,37 +1,53 @@
 """The extraction run: for each split, cut the corpus, stream it through the subject, write what remains."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore as ts
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Int
 
 from jaxplain.configs.extraction import ExtractConfig
+from jaxplain.corpora.cutting import PADDING
 from jaxplain.corpora.tokens import TokenBatch, token_batches
 from jaxplain.errors import JaxplainError
 from jaxplain.exemplars.checkpointing import SplitCheckpoints
-from jaxplain.exemplars.merging import merge_partials, merge_sample
+from jaxplain.exemplars.draws import Draws, TableBlock, draw
+from jaxplain.exemplars.merging import Ranked, merge_partials, merge_top
 from jaxplain.exemplars.moments import merge_moments
-from jaxplain.exemplars.quantiles import lower_tail, quantiles, upper_tail
-from jaxplain.exemplars.reduction import Rows, empty_reduction
+from jaxplain.exemplars.reduction import KINDS, Rows, empty_reduction
 from jaxplain.exemplars.selection import Selection
 from jaxplain.exemplars.step import Reductions, Step
-from jaxplain.processes import gathered, require_agreement, wait_for_others
+from jaxplain.exemplars.strata import RankedSequences, Stratum, choose, kept_of_draws, plan_strata
+from jaxplain.exemplars.token_sample import merge_sample
+from jaxplain.exemplars.token_sums import (
+    TokenSums,
+    merge_token_sums,
+    spread_over_shards,
+    strongest_tokens,
+)
+from jaxplain.processes import gathered, leads, require_agreement, wait_for_others
 from jaxplain.progress import Progress
 from jaxplain.stopping import StopRequest
+from jaxplain.store.quantiles import lower_tail, quantiles, upper_tail
 from jaxplain.store.writer import SplitWriter, StoreWriter
 
 _TAILS = {"max": upper_tail, "min": lower_tail}
+_ROWS_PER_BLOCK = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Extraction:
-    """What every split of a run shares. `excluded` are token ids that never count."""
+    """What every split of a run shares.
+
+    `excluded` are token ids that never count, `vocabulary` how many ids the subject has, and `tabled` the
+    neurons of each layer that get a table of mean activations by token.
+    """
 
     config: ExtractConfig
     mesh: Mesh
@@ -40,6 +56,8 @@ class Extraction:
     weights: Any
     excluded: frozenset[int]
     mlp_width: int
+    vocabulary: int
+    tabled: dict[int, Int[np.ndarray, "N"]]
 
     def run_split(
         self, writer: StoreWriter, split: str, progress: Progress, *, folder: str | None, stop: StopRequest
@@ -57,18 +75,21 @@ class Extraction:
                 f"split {split!r} has {rows * tokens:.1e} tokens, more than the 4.3e9 per data shard "
                 "that can be counted; lower corpus.max_sequences or spread over more devices."
             )
+        drawn = self._draw(table)
+        strata = self._strata(drawn.rows)
         checkpoints = SplitCheckpoints(
             folder,
             split=split,
             begun=writer.begun,
             run=config.run,
             kept={layer: len(indices) for layer, indices in self.selection.indices.items()},
+            summed={layer: self._summed(layer) for layer in self.tabled},
             mesh=self.mesh,
             stop=stop,
         )
         try:
             with checkpoints:
-                first, reductions = self._start(checkpoints, rows=rows)
+                first, reductions = self._start(checkpoints, drawn, strata, rows=rows)
                 batches = token_batches(
                     table,
                     batch_size=config.run.batch_size,
@@ -77,8 +98,8 @@ class Extraction:
                     part=self._rows_held(),
                 )
                 with progress(total=rows, initial=first, desc=f"{split}: read", unit="sequences") as bar:
-                    reductions = self._reduce(reductions, batches, bar.update, checkpoints)
-                self._write_split(writer, split, reductions, progress, checkpoints)
+                    reductions = self._reduce(reductions, batches, drawn, bar.update, checkpoints)
+                self._write_split(writer, split, reductions, drawn, strata, progress, checkpoints)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -94,6 +115,8 @@ class Extraction:
         writer: StoreWriter,
         split: str,
         reductions: Reductions,
+        drawn: Draws,
+        strata: Sequence[Stratum],
         progress: Progress,
         checkpoints: SplitCheckpoints,
     ) -> None:
@@ -107,14 +130,45 @@ class Extraction:
             tokens=config.corpus.sequence_length,
             activation_dtype=config.exemplars.activation_dtype,
             quantiles=config.statistics.quantiles,
+            strata=config.exemplars.strata,
+            samples_per_quantile=config.exemplars.samples_per_quantile,
+            chosen=self._tabled_pairs(),
+            chosen_tokens=config.statistics.tokens.count,
         )
         wait_for_others(f"the arrays of {split}")
         with progress(total=len(reductions), desc=f"{split}: write", unit="layers") as bar:
-            self._write(reductions, out, bar.update, checkpoints)
+            self._write(reductions, drawn, strata, out, bar.update, checkpoints)
         wait_for_others(f"the exemplars of {split}")
         writer.finish_split(split)
 
-    def _start(self, checkpoints: SplitCheckpoints, *, rows: int) -> tuple[int, Reductions]:
+    def _strata(self, rows: int | None = None) -> tuple[Stratum, ...]:
+        """The strata of kind quantile, none without it; `rows` is how many sequences can be drawn."""
+        exemplars = self.config.exemplars
+        if "quantile" not in exemplars.kinds:
+            return ()
+        return plan_strata(exemplars.strata, wanted=exemplars.samples_per_quantile, rows=rows)
+
+    def _draw(self, table: dict[str, ts.TensorStore]) -> Draws:
+        """What is drawn at random from the split."""
+        rows = table["token"].shape[0]
+
+        def block(start: int) -> TableBlock:
+            part = slice(start, min(start + _ROWS_PER_BLOCK, rows))
+            reads = [table[name][part].read() for name in ("token", "document", "start", "length")]
+            token_NT, document_N, start_N, length_N = (np.asarray(read.result()) for read in reads)
+            before_N = (token_NT != PADDING).sum(axis=1) - length_N
+            return TableBlock(document_N, start_N, self._counted(token_NT, before_N))
+
+        return draw(
+            map(block, range(0, rows, _ROWS_PER_BLOCK)),
+            seed=self.config.corpus.seed,
+            sequences=max((stratum.drawn for stratum in self._strata()), default=0),
+            tokens=self.config.statistics.sampled_tokens if self.config.statistics.quantiles else 0,
+        )
+
+    def _start(
+        self, checkpoints: SplitCheckpoints, drawn: Draws, strata: Sequence[Stratum], *, rows: int
+    ) -> tuple[int, Reductions]:
         """The first row to read, and the reductions of those before."""
         exemplars, tokens = self.config.exemplars, self.config.corpus.sequence_length
         neurons = self._padded_neurons()
@@ -122,13 +176,16 @@ class Extraction:
         def empty() -> Reductions:
             return {
                 layer: empty_reduction(
-                    kinds=tuple(exemplars.kinds),
+                    kinds=tuple(kind for kind in KINDS if kind in exemplars.kinds),
                     neurons=len(neurons[layer]) if layer in neurons else self.mlp_width,
                     k=exemplars.k,
                     tokens=tokens,
-                    sampled_tokens=self.config.statistics.sampled_tokens,
+                    sampled_tokens=len(drawn.token_M),
                     dtype=jnp.dtype(exemplars.activation_dtype),
                     mesh=self.mesh,
+                    draws=kept_of_draws(strata),
+                    summed=self._summed(layer)[0] if layer in self.tabled else None,
+                    vocabulary=self.vocabulary,
                 )
                 for layer in self.selection.indices
             }
@@ -139,13 +196,14 @@ class Extraction:
         self,
         reductions: Reductions,
         batches: Iterable[TokenBatch],
+        drawn: Draws,
         advance: Callable[[int], Any],
         checkpoints: SplitCheckpoints,
     ) -> Reductions:
         neurons = self._padded_neurons()
         pending = 0
         for batch in batches:
-            rows = self._rows(batch)
+            rows = self._rows(batch, drawn)
             # Rows are made ready while the step before runs; waiting for it keeps progress honest.
             jax.block_until_ready(reductions)
             advance(pending)
@@ -169,15 +227,20 @@ class Extraction:
                     f"layer {layer} has activations that are not finite numbers in {dtype}; {remedy}."
                 )
 
-    def _rows(self, batch: TokenBatch) -> Rows:
-        sharding = NamedSharding(self.mesh, P("data"))
-        counted_BT = counted_tokens(
-            batch.tokens_BT,
+    def _counted(self, tokens_BT: Int[np.ndarray, "B T"], before_B: Int[np.ndarray, "B"]) -> np.ndarray:
+        return counted_tokens(
+            tokens_BT,
             excluded=self.excluded,
             first=self.config.corpus.exclude.first,
-            before_B=batch.before_B if self.config.corpus.chat_prefix else None,
+            before_B=before_B if self.config.corpus.chat_prefix else None,
         )
 
+    def _rows(self, batch: TokenBatch, drawn: Draws) -> Rows:
+        sharding = NamedSharding(self.mesh, P("data"))
+        counted_BT = self._counted(batch.tokens_BT, batch.before_B)
+        drawn_PW, slot_PW = drawn.tokens_of(
+            batch.first, batch=self.config.run.batch_size, shards=self.mesh.shape["data"]
+        )
         start, size = self._rows_held().start, self.config.run.batch_size
 
         def on_mesh(x: np.ndarray) -> jax.Array:
@@ -187,12 +250,17 @@ class Extraction:
 
             return jax.make_array_from_callback((size, *x.shape[1:]), sharding, held)
 
+        def of_shards(x: np.ndarray) -> jax.Array:
+            return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
         return Rows(
             tokens_BT=on_mesh(batch.tokens_BT),
             counted_BT=on_mesh(counted_BT),
             sequence_B=on_mesh(batch.sequence_B),
             lottery_B=on_mesh(batch.lottery_B),
-            token_lottery_BT=on_mesh(batch.token_lottery_BT),
+            turn_B=on_mesh(drawn.turns(batch.sequence_B)),
+            drawn_PW=of_shards(drawn_PW),
+            slot_PW=of_shards(slot_PW),
         )
 
     def _rows_held(self) -> slice:
@@ -217,48 +285,69 @@ class Extraction:
             if len(indices) < self.mlp_width
         }
 
+    def _summed(self, layer: int) -> tuple[Int[np.ndarray, "C"], Int[np.ndarray, "N"]]:
+        """Where a layer's neurons with a table are summed up; see `token_sums.spread_over_shards`."""
+        kept, shards = self.selection.indices[layer], self.mesh.shape["model"]
+        place_N = np.searchsorted(kept, self.tabled[layer])
+        return spread_over_shards(place_N, neurons=len(kept) + -len(kept) % shards, shards=shards)
+
+    def _tabled_pairs(self) -> Int[np.ndarray, "C 2"] | None:
+        pairs = [(layer, index) for layer, indices in self.tabled.items() for index in indices]
+        return np.array(pairs, np.int32) if pairs else None
+
     def _write(
         self,
         reductions: Reductions,
+        drawn: Draws,
+        strata: Sequence[Stratum],
         out: SplitWriter,
         advance: Callable[[int], Any],
         checkpoints: SplitCheckpoints,
     ) -> None:
+        tables = 0
         for place, layer in enumerate(self.selection.layers):
             checkpoints.stop_if_asked()
             reduction = reductions.pop(int(layer))
             columns = self.selection.columns(int(layer))
             kept = slice(len(columns))
-            merged, sample, parts = gathered(
-                (merge_partials(reduction, self.mesh), merge_sample(reduction, self.mesh), reduction.moments)
+            merged, strongest, sample_MF, parts, sums = gathered(
+                (
+                    merge_partials(reduction, self.mesh),
+                    {count: merge_top(top, mesh=self.mesh) for count, top in reduction.draws.items()},
+                    merge_sample(reduction.sample_MF, mesh=self.mesh),
+                    reduction.moments,
+                    reduction.token_sums,
+                )
             )
+            # Tables of all layers are in one file, which one process writes.
+            if sums is not None and leads():
+                self._write_token_table(sums, int(layer), tables, out)
+            tables += len(self.tabled.get(int(layer), ()))
             if place % jax.process_count() != jax.process_index():
                 advance(1)
                 continue
             statistics = merge_moments(parts)
             tails = {}
             for kind, ranked in merged.items():
-                priority_NR = np.asarray(ranked.priority_FR)[kept]
-                sign = -1 if kind == "min" else 1
-                score_NR = np.where(np.isfinite(priority_NR), sign * priority_NR, np.nan)
-                activation_NRT = np.asarray(ranked.activation_FRT)[kept]
+                found = _sequences(ranked, kept, sign=-1 if kind == "min" else 1)
                 if kind in _TAILS:
-                    tails[kind] = _TAILS[kind](score_NR, activation_NRT)
-                out.write_exemplars(
-                    kind,
-                    place,
-                    columns,
-                    score_NR=score_NR,
-                    sequence_NR=np.asarray(ranked.sequence_FR)[kept],
-                    activation_NRT=activation_NRT,
+                    tails[kind] = _TAILS[kind](found.score_NR, found.activation_NRT)
+                out.write_exemplars(kind, place, columns, **found._asdict())
+            if strata:
+                stratum_NR, found = choose(
+                    strata,
+                    {count: _sequences(ranked, kept) for count, ranked in strongest.items()},
+                    drawn.turns,
+                    wanted=self.config.exemplars.samples_per_quantile,
                 )
+                out.write_exemplars("quantile", place, columns, **found._asdict(), stratum_NR=stratum_NR)
             out.write_statistics(
                 place,
                 columns,
                 quantile=quantiles(
                     np.array(self.config.statistics.quantiles),
                     int(statistics.count_F[0]),
-                    np.asarray(sample)[kept],
+                    np.ascontiguousarray(np.asarray(sample_MF)[:, kept].T),
                     upper=tails.get("max"),
                     lower=tails.get("min"),
                 ),
@@ -270,6 +359,25 @@ class Extraction:
                 fraction_active=statistics.fraction_active_F[kept],
             )
             advance(1)
+
+    def _write_token_table(self, sums: TokenSums, layer: int, first: int, out: SplitWriter) -> None:
+        config = self.config.statistics.tokens
+        table = merge_token_sums(sums, self._summed(layer)[1])
+        for sign in ("max", "min"):
+            token_NR, mean_NR, count_NR = strongest_tokens(
+                table, kept=config.count, min_count=config.min_count, lowest=sign == "min"
+            )
+            out.write_token_table(sign, first, token_NR=token_NR, mean_NR=mean_NR, count_NR=count_NR)
+
+
+def _sequences(ranked: Ranked, kept: slice, *, sign: int = 1) -> RankedSequences:
+    """What the store keeps of ranked sequences: extremes for priorities, NaN where there are none."""
+    priority_NR = np.asarray(ranked.priority_FR)[kept]
+    return RankedSequences(
+        score_NR=np.where(np.isfinite(priority_NR), sign * priority_NR, np.float32(np.nan)),
+        sequence_NR=np.asarray(ranked.sequence_FR)[kept],
+        activation_NRT=np.asarray(ranked.activation_FRT)[kept],
+    )
 
 
 def counted_tokens(

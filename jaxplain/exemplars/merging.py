@@ -1,5 +1,6 @@
 """From partial top-k states, one per data shard, to the one answer that the store keeps."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -26,20 +27,15 @@ class Ranked(NamedTuple):
 
 def merge_partials(reduction: LayerReduction, mesh: Mesh) -> dict[str, Ranked]:
     """Merge a layer's data shards. Only ranks travel in full; of activations just the winners."""
-    return {
-        kind: jax.jit(_merge, static_argnames="mesh")(top, mesh=mesh) for kind, top in reduction.tops.items()
-    }
+    return {kind: merge_top(top, mesh=mesh) for kind, top in reduction.tops.items()}
 
 
-def merge_sample(reduction: LayerReduction, mesh: Mesh) -> Float[Array, "F M"]:
-    """A layer's activations at the tokens drawn for quantiles, NaN where there are fewer."""
-    ranked = jax.jit(_merge, static_argnames="mesh")(reduction.tokens, mesh=mesh)
-    return ranked.activation_FRT[:, :, 0]
-
-
-def _merge(top: TopK, *, mesh: Mesh) -> Ranked:
+@functools.partial(jax.jit, static_argnames="mesh")
+def merge_top(top: TopK, mesh: Mesh) -> Ranked:
+    """Merge one top-k's data shards."""
     joined = join(top, mesh)
     neurons, k, _ = joined.activation_FRT.shape
+    # A group of all neurons is sorted once, and spread over them only then.
     return Ranked(
         priority_FR=jnp.broadcast_to(joined.priority_RG, (k, neurons)).T,
         sequence_FR=jnp.broadcast_to(joined.sequence_RG, (k, neurons)).T,

@@ -1,8 +1,9 @@
 """What becomes of a layer's activations at the moment they are sown.
 
-`LayerReduction` is the state of one layer: a top-k for every kind, another of single tokens drawn at
-random (for quantiles), and moments. `Fold` pairs it with the batch in flight; the decoder's sow calls
-`fold`, and only the new state leaves the layer.
+`LayerReduction` is the state of one layer: a top-k for every kind, another for every draw of kind `quantile`,
+the activations at tokens drawn at random (for quantiles), moments, and sums by token for chosen neurons.
+`Fold` pairs it with the batch in flight; the decoder's sow calls `fold`, and only the new state leaves the
+layer.
 
 State is sharded over the mesh: neurons over `model`, and one *partial* state per `data` shard in a
 leading axis P, so that a step moves nothing between data shards. `merging` joins the partials.
@@ -10,16 +11,20 @@ leading axis P, so that a step moves nothing between data shards. `merging` join
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxplain.exemplars.moments import Moments, empty_moments, update_moments
+from jaxplain.exemplars.token_sample import update_sample
+from jaxplain.exemplars.token_sums import TokenSums, empty_token_sums, update_token_sums
 from jaxplain.exemplars.topk import TopK, empty_topk, update_topk
 
 Kind = Literal["max", "min", "random"]
@@ -27,26 +32,36 @@ KINDS: tuple[Kind, ...] = ("max", "min", "random")
 
 
 class LayerReduction(NamedTuple):
-    """One layer's running answer; every array has a leading axis P of data shards."""
+    """One layer's running answer; every array has a leading axis P of data shards.
+
+    `draws` has, by how many sequences are drawn, the strongest of them; see `strata`. `sample_MF` are the
+    activations at drawn tokens, 0 where another shard has them. `token_sums` is None where no neuron was
+    chosen.
+    """
 
     tops: dict[Kind, TopK]
-    tokens: TopK
+    draws: dict[int, TopK]
+    sample_MF: Float[Array, "*P M F"]
     moments: Moments
+    token_sums: TokenSums | None
 
 
 class Rows(NamedTuple):
     """A batch of token-table rows.
 
-    `tokens_BT` is -1 where there is no token; a whole row of -1 pads an uneven batch.
-    `counted_BT` marks the tokens that count. `lottery_B` is the priority for kind `random`,
-    `token_lottery_BT` that of single tokens.
+    `tokens_BT` is -1 where there is no token; a whole row of -1 pads an uneven batch. `counted_BT` marks the
+    tokens that count. `lottery_B` is the priority for kind `random`, `turn_B` each row's place in the draw of
+    sequences. `drawn_PW` are the tokens drawn from each data shard's part of the batch, and `slot_PW` where
+    their activations go; see `draws`.
     """
 
     tokens_BT: Int[Array, "B T"]
     counted_BT: Bool[Array, "B T"]
     sequence_B: Int[Array, "B"]
     lottery_B: Float[Array, "B"]
-    token_lottery_BT: Float[Array, "B T"]
+    turn_B: Int[Array, "B"]
+    drawn_PW: Int[Array, "P W"]
+    slot_PW: Int[Array, "P W"]
 
 
 @jax.tree_util.register_dataclass
@@ -84,8 +99,10 @@ def partition_specs(tree: Any) -> Any:
         match path[-1].name:
             case "priority_RG" | "sequence_RG" | "slot_RG":
                 return P("data", None, None if array.shape[-1] == 1 else "model")
-            case "token_count":
+            case "token_count" | "count_V":
                 return P("data")
+            case "sample_MF" | "sum_VC" | "carry_VC":
+                return P("data", None, "model")
             case _:
                 return P("data", "model")
 
@@ -101,8 +118,15 @@ def empty_reduction(
     sampled_tokens: int,
     dtype: jnp.dtype,
     mesh: Mesh,
+    draws: Mapping[int, int] | None = None,
+    summed: Int[np.ndarray, "C"] | None = None,
+    vocabulary: int = 0,
 ) -> LayerReduction:
-    """A reduction that has seen nothing, laid out on the mesh. `neurons` divides by axis `model`."""
+    """A reduction that has seen nothing, laid out on the mesh. `neurons` divides by axis `model`.
+
+    `draws` has, by how many sequences are drawn, how many to keep; `summed` the neurons that get sums by
+    token, as `token_sums.spread_over_shards` gives them.
+    """
 
     def build() -> LayerReduction:
         tops: dict[Kind, TopK] = {
@@ -115,8 +139,17 @@ def empty_reduction(
             )
             for kind in kinds
         }
-        sample = empty_topk(groups=1, neurons=neurons, k=sampled_tokens, tokens=1, dtype=dtype)
-        shard = LayerReduction(tops=tops, tokens=sample, moments=empty_moments(neurons=neurons))
+        drawn = {
+            count: empty_topk(groups=neurons, neurons=neurons, k=kept, tokens=tokens, dtype=dtype)
+            for count, kept in (draws or {}).items()
+        }
+        shard = LayerReduction(
+            tops=tops,
+            draws=drawn,
+            sample_MF=jnp.zeros((sampled_tokens, neurons), dtype),
+            moments=empty_moments(neurons=neurons),
+            token_sums=None if summed is None else empty_token_sums(summed, vocabulary=vocabulary),
+        )
         parts = mesh.shape["data"]
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (parts, *x.shape)), shard)
 
@@ -137,21 +170,20 @@ def _update_shard(
     tops: dict[Kind, TopK] = {
         kind: update(top, _priority_BG(kind, rows, acts_BTF)) for kind, top in reduction.tops.items()
     }
-    sample = _update_sample(reduction.tokens, rows, acts_BTF)
-    moments = update_moments(reduction.moments, acts_BTF, rows.counted_BT, active_above=active_above)
-    return jax.tree.map(lambda x: x[None], LayerReduction(tops=tops, tokens=sample, moments=moments))
-
-
-def _update_sample(sample: TopK, rows: Rows, acts_BTF: Array) -> TopK:
-    """The tokens of the batch as sequences of one token each, which all neurons draw together."""
-    length = acts_BTF.shape[1]
-    return update_topk(
-        sample,
-        jnp.where(rows.counted_BT, rows.token_lottery_BT, -jnp.inf).reshape((-1, 1)),
-        sequence_B=jnp.repeat(rows.sequence_B, length),
-        acts_BTF=acts_BTF.reshape((-1, 1, acts_BTF.shape[2])),
-        counted_BT=rows.counted_BT.reshape((-1, 1)),
+    highest_BF = _priority_BG("max", rows, acts_BTF) if reduction.draws else None
+    draws = {
+        count: update(top, jnp.where((rows.turn_B < count)[:, None], highest_BF, -jnp.inf))
+        for count, top in reduction.draws.items()
+    }
+    sums = reduction.token_sums
+    reduction = LayerReduction(
+        tops=tops,
+        draws=draws,
+        sample_MF=update_sample(reduction.sample_MF, acts_BTF, rows.drawn_PW[0], rows.slot_PW[0]),
+        moments=update_moments(reduction.moments, acts_BTF, rows.counted_BT, active_above=active_above),
+        token_sums=sums and update_token_sums(sums, rows.tokens_BT, rows.counted_BT, acts_BTF),
     )
+    return jax.tree.map(lambda x: x[None], reduction)
 
 
 def _priority_BG(kind: Kind, rows: Rows, acts_BTF: Array) -> Array:

@@ -116,7 +116,7 @@ def _copy_rows(
     """Copy sequence `index_G` of the batch into slot `slot_G`, for the groups where one enters."""
     neurons = acts_FRT.shape[0]
     if enters_G.shape[0] == 1 != neurons:
-        row_TF = _stored(acts_BTF[index_G[0]], counted_BT[index_G[0]][:, None], acts_FRT.dtype)
+        row_TF = _masked(acts_BTF[index_G[0]], counted_BT[index_G[0]][:, None], acts_FRT.dtype)
         return lax.dynamic_update_slice(acts_FRT, row_TF.T[:, None], (0, slot_G[0], 0))
 
     blocks = -(-neurons // _ROWS_PER_COPY)
@@ -127,14 +127,18 @@ def _copy_rows(
         index_N = index_G.at[neuron_N].get(mode="clip")
         slot_N = slot_G.at[neuron_N].get(mode="clip")
         row_NT = acts_BTF.at[index_N, :, neuron_N].get(mode="clip")
-        row_NT = _stored(row_NT, counted_BT[index_N], acts_FRT.dtype)
+        row_NT = _masked(row_NT, counted_BT[index_N], acts_FRT.dtype)
         return acts_FRT.at[neuron_N, slot_N].set(row_NT, mode="drop", unique_indices=True)
 
     used_blocks = -(-enters_G.sum() // _ROWS_PER_COPY)
     return lax.fori_loop(0, used_blocks, copy_block, acts_FRT)
 
 
-def _stored(acts: Array, counted: Array, dtype: jnp.dtype) -> Array:
+def _masked(acts: Array, counted: Array, dtype: jnp.dtype) -> Array:
+    return jnp.where(counted, stored(acts, dtype), jnp.nan)
+
+
+def stored(acts: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
     """Activations as the store keeps them: a float16 saturates instead of becoming infinite."""
     limit = jnp.finfo(dtype).max.astype(acts.dtype)
-    return jnp.where(counted, jnp.clip(acts, -limit, limit), jnp.nan).astype(dtype)
+    return jnp.clip(acts, -limit, limit).astype(dtype)

@@ -1,10 +1,7 @@
 """Mean activation of every vocabulary token, from the sequences that a store keeps: a token table.
 
-The stored sequences are two samples of all that were seen: the extreme ones, of which none is missing, and
-the random ones. Taken as two strata, the random ones standing for all that are not extreme, they
-estimate the mean without another pass and without bias towards what is extreme (the estimator of
-Horvitz & Thompson, 1952). Describing neurons by such tokens goes back to the token-space
-explanations of Bills et al. (2023).
+Describing neurons by such tokens goes back to the token-space explanations of Bills et al. (2023). How the
+means are estimated is in `store.token_means`; here they are drawn towards the neuron's own.
 """
 
 import dataclasses
@@ -13,7 +10,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxplain.configs.explanation import Sign
-from jaxplain.store.reader import Exemplar, Neuron
+from jaxplain.store.reader import Neuron
+from jaxplain.store.token_means import estimated_means
 
 _PRIOR_TOKENS = 1.0
 
@@ -36,32 +34,12 @@ class TokenMeans:
 
 def token_means(neuron: Neuron, sign: Sign) -> TokenMeans:
     """Mean activations from the exemplars of a sign and the random ones, where the store has them."""
-    kinds = neuron.split.kinds
-    extreme = neuron.exemplars(sign)
-    inside = {exemplar.sequence for exemplar in extreme}
-    others = [
-        exemplar
-        for exemplar in (neuron.exemplars("random") if "random" in kinds else [])
-        if exemplar.sequence not in inside
-    ]
-    unseen = neuron.split.sequence_count - len(extreme)
-    weights = [1.0] * len(extreme) + [unseen / max(len(others), 1)] * len(others)
+    random = neuron.exemplars("random") if "random" in neuron.split.kinds else []
+    tokens, estimates, counts = estimated_means(neuron.exemplars(sign), random, neuron.split.sequence_count)
     direction = 1.0 if sign == "max" else -1.0
-    return _weighted_means([*extreme, *others], weights, direction, direction * neuron.stats.mean)
-
-
-def _weighted_means(
-    exemplars: list[Exemplar], weights: list[float], direction: float, overall: float
-) -> TokenMeans:
-    token_N = np.concatenate([np.zeros(0, np.int32), *(exemplar.tokens for exemplar in exemplars)])
-    act_N = direction * np.concatenate([np.zeros(0), *(exemplar.activations for exemplar in exemplars)])
-    weight_N = np.repeat(weights, np.array([len(exemplar.tokens) for exemplar in exemplars], np.int64))
-    counted_N = ~np.isnan(act_N)
-    tokens, place_N, counts = np.unique(token_N[counted_N], return_inverse=True, return_counts=True)
-    total = np.bincount(place_N, weight_N[counted_N] * act_N[counted_N])
-    weight = np.bincount(place_N, weight_N[counted_N])
+    overall = max(direction * neuron.stats.mean, 0.0)
     # What was seen once may be chance, however many unseen tokens it stands for.
-    means = (counts * total / weight + _PRIOR_TOKENS * max(overall, 0.0)) / (counts + _PRIOR_TOKENS)
+    means = (counts * direction * estimates + _PRIOR_TOKENS * overall) / (counts + _PRIOR_TOKENS)
     order = np.lexsort((tokens, -means))
     return TokenMeans(
         tokens=tokens[order].astype(np.int32),

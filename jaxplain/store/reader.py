@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,7 +31,9 @@ from jaxplain.store.explanations import (
     open_explanations,
 )
 from jaxplain.store.files import Files, partial_name
+from jaxplain.store.quantiles import lower_tail, quantiles, upper_tail
 from jaxplain.store.scores import Score, read_scores
+from jaxplain.store.token_means import TokenMean, estimated_means
 
 if TYPE_CHECKING:
     import xarray
@@ -42,13 +45,16 @@ class Exemplar:
 
     Attributes:
         rank: 0 for the strongest.
-        score: The highest activation for kind max, the lowest for min; the drawn number for random.
+        score: The highest activation for kinds max and quantile, the lowest for min; the drawn number for
+            random.
         sequence: The sequence's row in the split's token table.
         tokens: Token ids without padding, int32 [T].
         activations: The neuron's activation at each token, float32 [T]; NaN where a token does not count.
         corpus: Name of the source.
         document: Hash of the document in which the sequence begins, the same in every run.
         start: Number of that document's tokens that come before the sequence.
+        stratum: For kind quantile, the levels between which the score lies in the distribution of all
+            sequences' highest activations.
         vocabulary: The bytes of every token id.
     """
 
@@ -60,6 +66,7 @@ class Exemplar:
     corpus: str
     document: int
     start: int
+    stratum: tuple[float, float] | None = None
     vocabulary: "Vocabulary" = dataclasses.field(repr=False)
 
     @property
@@ -152,13 +159,83 @@ class Neuron:
     def quantiles(self) -> dict[float, float]:
         """The activation below which each of some shares of the tokens lies; none in stores without them.
 
-        In the tails they are exact; see `jaxplain.exemplars.quantiles` for how far off the others may be.
+        In the tails they are exact; see `jaxplain.store.quantiles` for how far off the others may be.
         """
         split = self.split
         if not split.quantile_levels:
             return {}
         values = split._read({schema.QUANTILE: f"stats/{schema.QUANTILE}"}, self._place)[schema.QUANTILE]
         return dict(zip(split.quantile_levels, values.tolist(), strict=True))
+
+    def quantile(self, level: float) -> float:
+        """The activation below which a share of the tokens lies, at any level that the store knows of.
+
+        At the levels of `quantiles` it is the same as there. Beyond the extreme of the last sequence of kind
+        max or min it is exact, from the stored sequences. Elsewhere it lies on the straight line between the
+        two nearest of `quantiles`, and tells no more than that the quantile is between those.
+
+        Raises JaxplainError for a level that is not from 0 to 1, and for one beyond the outermost of
+        `quantiles` that the stored sequences do not reach.
+        """
+        if not 0 <= level <= 1:
+            raise JaxplainError(f"level is {level}; give a number from 0 to 1.")
+        known = self.quantiles
+        if level in known:
+            return known[level]
+        place = level * (self.stats.count - 1)
+        for kind, tail_of, from_end in (("min", lower_tail, False), ("max", upper_tail, True)):
+            if kind not in self.split.kinds:
+                continue
+            tail = tail_of(*self._ranked(kind))
+            if (self.stats.count - 1 - np.floor(place) if from_end else np.ceil(place)) < tail.count_F[0]:
+                tails = {"lower": None, "upper": None, "upper" if from_end else "lower": tail}
+                nothing = np.zeros((1, 0), np.float32)
+                return float(quantiles(np.array([level]), self.stats.count, nothing, **tails)[0, 0])
+        levels = list(known)
+        if not levels or not levels[0] < level < levels[-1]:
+            held = f"from {levels[0]} to {levels[-1]}" if levels else "none"
+            raise JaxplainError(
+                f"the quantile at {level} is not known: the store's levels are {held}, and its sequences do "
+                "not reach there; extract with that level in statistics.quantiles."
+            )
+        return float(np.interp(level, levels, list(known.values())))
+
+    def tokens(self, sign: str = "max", *, limit: int | None = None) -> list[TokenMean]:
+        """Vocabulary tokens by the neuron's mean activation, highest first, or with sign `min` lowest first.
+
+        For neurons that the run chose for it (`statistics.tokens`) means are exact, over all tokens that
+        count, and rare tokens left out as it says. For others they are estimated from the stored sequences of
+        kinds `sign` and, where the store has it, `random`; see `jaxplain.store.token_means`.
+
+        Raises JaxplainError for another sign, and for one of which the store has neither exact means nor
+        exemplars.
+        """
+        if sign not in ("max", "min"):
+            raise JaxplainError(f"sign is {sign!r}; give max or min.")
+        split, row = self.split, self.split.token_table_row(self.layer, self.index)
+        if row is not None:
+            names = [f"{schema.TOKEN_TABLE}/{sign}/{name}" for name in ("token", "mean", "count")]
+            tokens, means, counts = split.store._files.read(*(split._array(name)[row] for name in names))
+        else:
+            extreme, random = (
+                self.exemplars(sign),
+                self.exemplars("random") if "random" in split.kinds else [],
+            )
+            tokens, means, counts = estimated_means(extreme, random, split.sequence_count)
+            order = np.argsort(means if sign == "min" else -means, kind="stable")
+            tokens, means, counts = tokens[order], means[order], counts[order]
+        vocabulary = split.store.vocabulary
+        return [
+            TokenMean(
+                token=token,
+                text=vocabulary.bytes_of(token).decode("utf-8", "replace"),
+                mean=mean,
+                count=count,
+                exact=row is not None,
+            )
+            for token, mean, count in zip(tokens.tolist(), means.tolist(), counts.tolist(), strict=True)
+            if token >= 0
+        ][:limit]
 
     def exemplars(self, kind: str = "max", *, limit: int | None = None) -> list[Exemplar]:
         """The sequences kept for a kind, strongest first, at most `limit` of them.
@@ -167,7 +244,9 @@ class Neuron:
         """
         split = self.split
         split._check_kind(kind)
-        names = {name: f"{kind}/{name}" for name in ("score", "sequence", "activation")}
+        parted = ("stratum",) if kind == "quantile" else ()
+        group = schema.group_of(kind)
+        names = {name: f"{group}/{name}" for name in ("score", "sequence", "activation", *parted)}
         read = split._read(names, self._place)
         filled = int(np.count_nonzero(read["sequence"] >= 0))
         sequences = read["sequence"][: filled if limit is None else min(limit, filled)]
@@ -187,6 +266,7 @@ class Neuron:
                     corpus=split.store.corpora[rows["corpus"][rank]],
                     document=int(rows["document"][rank]),
                     start=int(rows["start"][rank]),
+                    stratum=split.strata[read["stratum"][rank]] if parted else None,
                     vocabulary=vocabulary,
                 )
             )
@@ -205,6 +285,11 @@ class Neuron:
         """The scores of the neuron's explanations, by sign, explanation and simulator; see `explanations`."""
         with self._database(path) as database:
             return list(read_scores(database, self.layer, self.index)) if database else []
+
+    def _ranked(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
+        """Scores [1, R] and activations [1, R, T] of a kind."""
+        read = self.split._read({name: f"{kind}/{name}" for name in ("score", "activation")}, self._place)
+        return read["score"][None], read["activation"][None]
 
     @contextlib.contextmanager
     def _database(self, path: str | Path | None) -> Iterator[ExplanationDatabase | None]:
@@ -245,6 +330,28 @@ class Split:
     def quantile_levels(self) -> tuple[float, ...]:
         """The levels of `Neuron.quantiles`."""
         return tuple(self.store.config.get("statistics", {}).get("quantiles", ()))
+
+    @functools.cached_property
+    def strata(self) -> tuple[tuple[float, float], ...]:
+        """The strata of kind quantile, weakest first: from which level of all maxima to which.
+
+        Raises JaxplainError where the store does not hold that kind.
+        """
+        self._check_kind("quantile")
+        (levels,) = self.store._files.read(self._array(f"{schema.group_of('quantile')}/level"))
+        return tuple(itertools.pairwise(levels.tolist()))
+
+    def token_table_row(self, layer: int, index: int) -> int | None:
+        """Where a neuron stands among those with exact means by token; None where it does not."""
+        return self._token_table_rows.get((layer, index))
+
+    @functools.cached_property
+    def _token_table_rows(self) -> dict[tuple[int, int], int]:
+        if not self.store.config.get("statistics", {}).get("tokens", {}).get("neurons"):
+            return {}
+        arrays = (self._array(f"{schema.TOKEN_TABLE}/chosen_{axis}") for axis in ("layer", "neuron"))
+        layers, neurons = (array.tolist() for array in self.store._files.read(*arrays))
+        return {pair: row for row, pair in enumerate(zip(layers, neurons, strict=True))}
 
     @property
     def sequence_count(self) -> int:
@@ -333,9 +440,11 @@ class Store:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what the store was made from; its place and the layout of the run do not count."""
+        """SHA-256 of what exemplars were made from; place, layout of the run and statistics do not count."""
         made_from = {name: self.attributes.get(name) for name in ("subject", "corpora", "tokenizer_hash")}
-        made_from["config"] = {k: v for k, v in self.config.items() if k not in ("output", "run")}
+        made_from["config"] = {
+            k: v for k, v in self.config.items() if k not in ("output", "run", "statistics")
+        }
         return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
     @property

@@ -5,9 +5,12 @@
 <split>/{layer,neuron}                   coordinates: which layers and neurons the axes stand for
 <split>/sequences/token                  every sequence that was seen; its row is its id
 <split>/sequences/{corpus,document,start,length}    where each came from
-<split>/{max,min,random}/{score,sequence,activation}    exemplars, strongest first
+<split>/{max,min,random,quantile_sample}/{score,sequence,activation}    exemplars, strongest first
+<split>/quantile_sample/{stratum,level}  each rank's stratum; stratum s is from level s up to level s + 1
 <split>/stats/{count,mean,variance,skewness,kurtosis,fraction_active,quantile}
 <split>/quantile                         coordinate: the levels of stats/quantile
+<split>/token_table/{chosen_layer,chosen_neuron}    neurons whose mean activation is known for every token
+<split>/token_table/{max,min}/{token,mean,count}    the tokens with the highest, and with the lowest means
 
 Chunks hold whole neurons, so that one neuron is one read; shards keep the number of files low.
 """
@@ -22,6 +25,7 @@ STORE_NAME = "exemplars.zarr"
 
 STATISTICS = ("count", "mean", "variance", "skewness", "kurtosis", "fraction_active")
 QUANTILE = "quantile"
+TOKEN_TABLE = "token_table"
 
 _ROWS_PER_CHUNK = 64
 _CHUNKS_PER_SHARD = 1024
@@ -64,6 +68,11 @@ class ArraySpec:
         }
 
 
+def group_of(kind: str) -> str:
+    """The group with the exemplars of a kind; `quantile` itself is a coordinate."""
+    return "quantile_sample" if kind == "quantile" else kind
+
+
 def group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:
     """A group's zarr.json."""
     return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
@@ -102,12 +111,13 @@ def sequence_arrays(*, sequences: int, tokens: int) -> dict[str, ArraySpec]:
 
 
 def kind_arrays(
-    *, layers: int, neurons: int, k: int, tokens: int, activation_dtype: str
+    *, layers: int, neurons: int, k: int, tokens: int, activation_dtype: str, strata: int = 0
 ) -> dict[str, ArraySpec]:
     """Exemplars of one kind. Empty ranks have sequence -1 and NaN elsewhere.
 
-    `score` is the extreme activation itself for max and min, and the drawn number for random.
-    `activation` is NaN at tokens that do not count.
+    `score` is the extreme activation itself for max and min, the highest for quantile, and the drawn
+    number for random. `activation` is NaN at tokens that do not count. Where there are `strata`, each rank
+    has the number of one, and `level` is where they begin and end.
     """
     # One neuron's activations are a chunk; 64 MiB or so, and at most a layer, are a shard.
     bytes_per_neuron = k * tokens * (2 if activation_dtype == "float16" else 4)
@@ -125,7 +135,10 @@ def kind_arrays(
             shard=shard,
         )
 
-    return {
+    parted = (
+        {"stratum": ranked("int32", -1), "level": vector("edge", strata + 1, "float64")} if strata else {}
+    )
+    return parted | {
         "score": ranked("float32", "NaN"),
         "sequence": ranked("int32", -1),
         "activation": ArraySpec(
@@ -136,6 +149,29 @@ def kind_arrays(
             chunk=(1, 1, k, tokens),
             shard=(1, per_shard, k, tokens),
         ),
+    }
+
+
+def token_table_arrays(*, neurons: int, tokens: int) -> dict[str, ArraySpec]:
+    """Vocabulary tokens by mean activation, the furthest first, over all tokens that count.
+
+    Empty ranks have token -1, mean NaN and count 0.
+    """
+
+    def spec(dtype: str, fill: int | str) -> ArraySpec:
+        chunk = (min(neurons, _NEURONS_PER_CHUNK), tokens)
+        return ArraySpec(
+            dimensions=("chosen", "rank"),
+            shape=(neurons, tokens),
+            dtype=dtype,
+            fill=fill,
+            chunk=chunk,
+            shard=(math.ceil(neurons / chunk[0]) * chunk[0], tokens),
+        )
+
+    ranked = {"token": spec("int32", -1), "mean": spec("float32", "NaN"), "count": spec("int64", 0)}
+    return {f"chosen_{axis}": vector("chosen", neurons, "int32") for axis in ("layer", "neuron")} | {
+        f"{sign}/{name}": array for sign in ("max", "min") for name, array in ranked.items()
     }
 
 

@@ -117,25 +117,51 @@ class StoreWriter:
         tokens: int,
         activation_dtype: str,
         quantiles: Sequence[float] = (),
+        strata: Sequence[float] = (),
+        samples_per_quantile: int = 0,
+        chosen: Int[np.ndarray, "C 2"] | None = None,
+        chosen_tokens: int = 0,
     ) -> "SplitWriter":
-        """Make the split's empty arrays for exemplars and statistics, before any process writes to them."""
+        """Make the split's empty arrays for exemplars and statistics, before any process writes to them.
+
+        `strata` are the levels that part the strata of kind quantile. `chosen` are the (layer, neuron) pairs
+        that get a table of `chosen_tokens` vocabulary tokens.
+        """
         axes = {"layer": np.asarray(layers, np.int32), "neuron": np.asarray(neurons, np.int32)}
         if len(quantiles):
             axes[schema.QUANTILE] = np.asarray(quantiles, np.float64)
         sizes = {"layers": len(layers), "neurons": len(neurons)}
         groups = {"stats": schema.statistics_arrays(**sizes, quantiles=len(quantiles))}
         for kind in kinds:
-            groups[kind] = schema.kind_arrays(**sizes, k=k, tokens=tokens, activation_dtype=activation_dtype)
-        for name, values in axes.items() if self._leads else ():
+            parts = len(strata) + 1 if kind == "quantile" else 0
+            groups[schema.group_of(kind)] = schema.kind_arrays(
+                **sizes,
+                k=parts * samples_per_quantile or k,
+                tokens=tokens,
+                activation_dtype=activation_dtype,
+                strata=parts,
+            )
+        if chosen is not None:
+            groups[schema.TOKEN_TABLE] = schema.token_table_arrays(neurons=len(chosen), tokens=chosen_tokens)
+        names = [f"{group}/{name}" for group, specs in groups.items() for name in specs]
+        out = SplitWriter(self._files, split, names)
+        if not self._leads:
+            return out
+        for name, values in axes.items():
             spec = schema.vector(name, len(values), str(values.dtype))
             self._files.write((self._files.create_array(f"{split}/{name}", spec), values))
-        for group, specs in groups.items() if self._leads else ():
+        for group, specs in groups.items():
             self._files.delete_all(f"{split}/{group}")
-            self._write_group(f"{split}/{group}")
+            for part in dict.fromkeys(["", *(name.rpartition("/")[0] for name in specs)]):
+                self._write_group(f"{split}/{group}/{part}".rstrip("/"))
             for name, spec in specs.items():
                 self._files.create_array(f"{split}/{group}/{name}", spec)
-        names = [f"{group}/{name}" for group, specs in groups.items() for name in specs]
-        return SplitWriter(self._files, split, names)
+        if "quantile" in kinds:
+            out._write_vector(f"{schema.group_of('quantile')}/level", np.array([0.0, *strata, 1.0]))
+        if chosen is not None:
+            for axis, values in zip(("layer", "neuron"), chosen.T, strict=True):
+                out._write_vector(f"{schema.TOKEN_TABLE}/chosen_{axis}", values)
+        return out
 
     def finish_split(self, split: str) -> None:
         """Mark a split as one that is not to be extracted again."""
@@ -201,11 +227,35 @@ class SplitWriter:
         score_NR: Float[np.ndarray, "N R"],
         sequence_NR: Int[np.ndarray, "N R"],
         activation_NRT: Float[np.ndarray, "N R T"],
+        stratum_NR: Int[np.ndarray, "N R"] | None = None,
     ) -> None:
         """Write one layer's exemplars of one kind; `layer` and `columns` are places on the axes."""
         values = {"score": score_NR, "sequence": sequence_NR, "activation": activation_NRT}
+        if stratum_NR is not None:
+            values["stratum"] = stratum_NR
+        group = schema.group_of(kind)
         self._files.write(
-            *((self._arrays[f"{kind}/{name}"][layer, columns], array) for name, array in values.items())
+            *((self._arrays[f"{group}/{name}"][layer, columns], array) for name, array in values.items())
+        )
+
+    def _write_vector(self, name: str, values: np.ndarray) -> None:
+        array = self._arrays[name]
+        self._files.write((array, values.astype(array.dtype.numpy_dtype)))
+
+    def write_token_table(
+        self,
+        sign: str,
+        first: int,
+        *,
+        token_NR: Int[np.ndarray, "N R"],
+        mean_NR: Float[np.ndarray, "N R"],
+        count_NR: Int[np.ndarray, "N R"],
+    ) -> None:
+        """Write the tables of one sign for the chosen neurons from `first` on."""
+        rows = slice(first, first + len(token_NR))
+        values = {"token": token_NR, "mean": mean_NR, "count": count_NR}
+        self._files.write(
+            *((self._arrays[f"{schema.TOKEN_TABLE}/{sign}/{n}"][rows], v) for n, v in values.items())
         )
 
     def write_statistics(self, layer: int, columns: Int[np.ndarray, "N"], **values_N: np.ndarray) -> None:

@@ -11,6 +11,7 @@ from rich.text import Text
 from jaxplain.errors import JaxplainError
 from jaxplain.store.explanations import Explanation
 from jaxplain.store.reader import Exemplar, Neuron, Store
+from jaxplain.store.schema import group_of
 
 _BACKGROUNDS = {
     1: ("#3d2b00", "#7a5500", "#b87f00", "#ffb000"),
@@ -22,10 +23,11 @@ _TOKENS_BEFORE_PEAK, _TOKENS_AFTER_PEAK = 12, 6
 def print_neuron(neuron: Neuron, console: Console, *, kind: str = "max", limit: int = 5) -> None:
     """A neuron's statistics and its strongest excerpts of a kind."""
     stats = neuron.stats
+    threshold = neuron.split.store.config.get("statistics", {}).get("active_above", 0.0)
     console.print(
         f"[bold]layer {neuron.layer}, neuron {neuron.index}[/bold] "
         f"[dim]{neuron.split.name}, {kind}; over {stats.count:,} tokens: mean {stats.mean:.3f}, "
-        f"deviation {stats.variance**0.5:.3f}, above zero {stats.fraction_active:.1%}[/dim]",
+        f"deviation {stats.variance**0.5:.3f}, above {threshold or 'zero'} {stats.fraction_active:.1%}[/dim]",
         highlight=False,
         soft_wrap=True,
     )
@@ -64,7 +66,7 @@ def print_explanations(explanations: Sequence[Explanation], console: Console) ->
 
 def _most_peaked(store: Store, split: str, kind: str, place: int) -> int:
     scores_FR, mean_F, variance_F = store[split].layer_arrays(
-        place, f"{kind}/score", "stats/mean", "stats/variance"
+        place, f"{group_of(kind)}/score", "stats/mean", "stats/variance"
     )
     # A single sequence may be a fluke; the tenth best is not.
     filled_F = np.isfinite(scores_FR).sum(axis=1)

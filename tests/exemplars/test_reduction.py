@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 
+from jaxplain.exemplars.draws import Draws
 from jaxplain.exemplars.extraction import counted_tokens
-from jaxplain.exemplars.merging import merge_partials, merge_sample
+from jaxplain.exemplars.merging import merge_partials
 from jaxplain.exemplars.moments import Moments, PowerSums, _recentred, merge_moments
 from jaxplain.exemplars.reduction import KINDS, Fold, Rows, empty_reduction
+from jaxplain.exemplars.token_sample import merge_sample
 from tests import oracle
 
 MESHES = [(1, 1), (8, 1), (1, 8), (2, 4), (4, 2)]
@@ -31,8 +33,17 @@ def fold_batch(fold, acts_BTF):
     return fold.fold(acts_BTF).reduction
 
 
-def token_lottery(counted_NT):
-    return -np.random.default_rng(9).random(counted_NT.shape, np.float32)
+def drawn_from(counted_NT, tokens, sequences=0):
+    """A draw of that many tokens and sequences."""
+    rng = np.random.default_rng(9)
+    turn_D = rng.permutation(np.flatnonzero(counted_NT.any(1)))[:sequences]
+    return Draws(
+        rows=int(counted_NT.any(1).sum()),
+        tokens=counted_NT.shape[1],
+        sequence_D=np.sort(turn_D),
+        turn_D=np.argsort(turn_D).astype(np.int32),
+        token_M=np.sort(rng.permutation(np.flatnonzero(counted_NT))[:tokens]),
+    )
 
 
 def reduce(acts_NTF, counted_NT, lottery_N, *, k, batch, mesh, indices=None, sampled=5):
@@ -41,28 +52,49 @@ def reduce(acts_NTF, counted_NT, lottery_N, *, k, batch, mesh, indices=None, sam
     return merge_partials(reduction, mesh), merge_moments(reduction.moments)
 
 
-def reduced(acts_NTF, counted_NT, lottery_N, k, batch, mesh, indices, sampled, active_above=0.0):
+def reduced(
+    acts_NTF,
+    counted_NT,
+    lottery_N,
+    k,
+    batch,
+    mesh,
+    indices=None,
+    sampled=5,
+    active_above=0.0,
+    draws=None,
+    summed=None,
+    tokens_NT=None,
+    vocabulary=0,
+):
+    """The reduction after all batches; `draws` are the sequences kept of each draw."""
     sequences, tokens, neurons = acts_NTF.shape
     kept = neurons if indices is None else len(indices)
+    drawn = drawn_from(counted_NT, sampled, max(draws or [0]))
+    tokens_NT = np.zeros((sequences, tokens), np.int32) if tokens_NT is None else tokens_NT
     reduction = empty_reduction(
         kinds=KINDS,
         neurons=kept,
         k=k,
         tokens=tokens,
-        sampled_tokens=sampled,
+        sampled_tokens=len(drawn.token_M),
         dtype=jnp.dtype("float16"),
         mesh=mesh,
+        draws=draws,
+        summed=summed,
+        vocabulary=vocabulary,
     )
-    drawn_NT = token_lottery(counted_NT)
     for start in range(0, sequences, batch):
         stop = min(start + batch, sequences)
         pad = batch - (stop - start)
+        places = drawn.tokens_of(start, batch=batch, shards=mesh.shape["data"])
         rows = Rows(
-            tokens_BT=jnp.zeros((batch, tokens), jnp.int32),
+            tokens_BT=jnp.asarray(np.pad(tokens_NT[start:stop], [(0, pad), (0, 0)], constant_values=-1)),
             counted_BT=jnp.asarray(np.pad(counted_NT[start:stop], [(0, pad), (0, 0)])),
             sequence_B=jnp.arange(start, start + batch, dtype=jnp.int32),
             lottery_B=jnp.asarray(np.pad(lottery_N[start:stop], (0, pad))),
-            token_lottery_BT=jnp.asarray(np.pad(drawn_NT[start:stop], [(0, pad), (0, 0)])),
+            turn_B=jnp.asarray(drawn.turns(np.arange(start, start + batch))),
+            **dict(zip(("drawn_PW", "slot_PW"), map(jnp.asarray, places), strict=True)),
         )
         # Padding rows are full of huge activations, which must not count.
         acts_BTF = np.pad(acts_NTF[start:stop], [(0, pad), (0, 0), (0, 0)], constant_values=1e4)
@@ -115,24 +147,23 @@ def test_equals_oracle_on_every_mesh(shape):
 
 @pytest.mark.parametrize("shape", MESHES)
 @pytest.mark.parametrize("sampled", [1, 30, 1000])
-def test_the_sampled_tokens_are_those_with_the_highest_draw(shape, sampled):
+def test_the_drawn_tokens_go_to_their_slots(shape, sampled):
     """The same tokens for all neurons, whatever the mesh; all of them where there are fewer."""
     acts_NTF, counted_NT, lottery_N = draw(0, 51, 7, 16)
+    acts_NTF[3] = 1e6
     mesh = make_mesh(*shape)
-    reduction = reduced(acts_NTF, counted_NT, lottery_N, 6, 8, mesh, None, sampled)
-    found_FM = np.asarray(merge_sample(reduction, mesh))
-    order = np.argsort(np.where(counted_NT, -token_lottery(counted_NT), np.inf).ravel(), kind="stable")
-    kept = order[: min(sampled, counted_NT.sum())]
-    expected_FM = acts_NTF.reshape((-1, 16))[kept].T.astype(np.float16)
-    np.testing.assert_array_equal(found_FM[:, : len(kept)], expected_FM)
-    assert np.isnan(found_FM[:, len(kept) :]).all()
-    assert found_FM.shape == (16, sampled)
+    reduction = reduced(acts_NTF, counted_NT, lottery_N, 6, 8, mesh, sampled=sampled)
+    drawn = drawn_from(counted_NT, sampled).token_M
+    assert len(drawn) == min(sampled, counted_NT.sum())
+    limit = np.finfo(np.float16).max
+    expected_MF = acts_NTF.reshape((-1, 16))[drawn].clip(-limit, limit).astype(np.float16)
+    np.testing.assert_array_equal(np.asarray(merge_sample(reduction.sample_MF, mesh=mesh)), expected_MF)
 
 
 def test_active_is_above_the_threshold():
     acts_NTF, counted_NT, lottery_N = draw(0, 20, 7, 4)
     mesh = make_mesh(2, 2)
-    reduction = reduced(acts_NTF, counted_NT, lottery_N, 3, 8, mesh, None, 1, active_above=0.5)
+    reduction = reduced(acts_NTF, counted_NT, lottery_N, 3, 8, mesh, active_above=0.5)
     expected = (acts_NTF[counted_NT] > 0.5).mean(0)
     np.testing.assert_allclose(merge_moments(reduction.moments).fraction_active_F, expected)
 

@@ -88,7 +88,9 @@ def compiled(layers, mesh, *, spread):
         counted_BT=np.ones((BATCH, TOKENS), bool),
         sequence_B=np.arange(BATCH, dtype=np.int32),
         lottery_B=np.ones(BATCH, np.float32),
-        token_lottery_BT=-np.ones((BATCH, TOKENS), np.float32),
+        turn_B=np.arange(BATCH, dtype=np.int32),
+        drawn_PW=np.full((mesh.shape["data"], BATCH * TOKENS // mesh.shape["data"]), -1, np.int32),
+        slot_PW=np.full((mesh.shape["data"], BATCH * TOKENS // mesh.shape["data"]), -1, np.int32),
     )
     rows = jax.device_put(rows, NamedSharding(mesh, P("data")))
     return step.lower(reductions, weights, rows, {}).compile()

@@ -7,63 +7,91 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxplain.exemplars.merging import merge_partials, merge_sample
-from jaxplain.exemplars.moments import merge_moments
-from jaxplain.exemplars.reduction import KINDS, Fold, LayerReduction, Rows, empty_reduction
+from jaxplain.exemplars.merging import merge_partials, merge_top
+from jaxplain.exemplars.moments import add_moments, merge_moments
+from jaxplain.exemplars.reduction import KINDS, Fold, Rows, empty_reduction
 from jaxplain.exemplars.snapshots import reductions_from, regroup, snapshot, snapshot_form
+from jaxplain.exemplars.token_sample import merge_sample
+from jaxplain.exemplars.token_sums import merge_token_sums, spread_over_shards
 from jaxplain.exemplars.topk import EMPTY
 from tests.exemplars.test_reduction import (
     MESHES,
     assert_equals_oracle,
     assert_statistics_equal_oracle,
     draw,
+    drawn_from,
     fold_batch,
     make_mesh,
-    token_lottery,
 )
 
-TOKENS, NEURONS, K, BATCH, SAMPLED = 7, 16, 6, 8, 40
+TOKENS, NEURONS, K, BATCH, SAMPLED, VOCABULARY = 7, 16, 6, 8, 40, 13
+DRAWS = {20: 5}
+CHOSEN = np.array([0, 1, 9])
+"""The neurons that get sums by token."""
 
 
-def empty(mesh, neurons=NEURONS):
+def summed(mesh, neurons=NEURONS, chosen=CHOSEN):
+    return spread_over_shards(chosen, neurons=neurons, shards=mesh.shape["model"])
+
+
+def empty(mesh, neurons=NEURONS, chosen=CHOSEN, sampled=SAMPLED):
     return empty_reduction(
         kinds=KINDS,
         neurons=neurons,
         k=K,
         tokens=TOKENS,
-        sampled_tokens=SAMPLED,
+        sampled_tokens=sampled,
         dtype=jnp.dtype("float16"),
         mesh=mesh,
+        draws=DRAWS,
+        summed=summed(mesh, neurons, chosen)[0],
+        vocabulary=VOCABULARY,
     )
 
 
-def fold(reduction, acts, mesh, start, stop):
+def fold(reduction, acts, mesh, start, stop, sampled=SAMPLED):
     """The reduction with sequences `start` to `stop`, which are whole batches, folded in."""
     acts_NTF, counted_NT, lottery_N = acts
+    drawn = drawn_from(counted_NT, sampled, max(DRAWS))
+    tokens_NT = np.random.default_rng(8).integers(0, VOCABULARY, counted_NT.shape, np.int32)
     for first in range(start, stop, BATCH):
         batch = slice(first, first + BATCH)
+        places = drawn.tokens_of(first, batch=BATCH, shards=mesh.shape["data"])
         rows = Rows(
-            tokens_BT=jnp.zeros((BATCH, TOKENS), jnp.int32),
+            tokens_BT=jnp.asarray(tokens_NT[batch]),
             counted_BT=jnp.asarray(counted_NT[batch]),
             sequence_B=jnp.arange(first, first + BATCH, dtype=jnp.int32),
             lottery_B=jnp.asarray(lottery_N[batch]),
-            token_lottery_BT=jnp.asarray(token_lottery(counted_NT)[batch]),
+            turn_B=jnp.asarray(drawn.turns(np.arange(first, first + BATCH))),
+            **dict(zip(("drawn_PW", "slot_PW"), map(jnp.asarray, places), strict=True)),
         )
         passing = Fold(reduction=reduction, rows=rows, neurons=None, active_above=0.0, mesh=mesh)
         reduction = fold_batch(passing, jnp.asarray(acts_NTF[batch]))
     return reduction
 
 
-def moved(reduction, before, after, *, kept=NEURONS, neurons=NEURONS):
+def moved(reduction, before, after, *, kept=NEURONS, neurons=NEURONS, chosen=CHOSEN, sampled=SAMPLED):
     """The reduction as it goes on after a checkpoint; arrays are put where a checkpoint would put them."""
-    found = snapshot({3: reduction}, kept={3: kept}, mesh=before)
-    like = {3: jax.eval_shape(functools.partial(empty, after, neurons))}
-    form = snapshot_form(like, kept={3: kept}, parts=before.shape["data"], mesh=after)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), form
-    )
+    size = reduction.moments.mean_F.shape[1]
+    found = snapshot({3: reduction}, kept={3: kept}, summed={3: summed(before, size, chosen)}, mesh=before)
+    like = {3: jax.eval_shape(functools.partial(empty, after, neurons, chosen, sampled))}
+    there = {3: summed(after, neurons, chosen)}
+    form = snapshot_form(like, kept={3: kept}, summed=there, parts=before.shape["data"], mesh=after)
+    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (found, form)]
+    assert shapes[0] == shapes[1]
     placed = jax.tree.map(lambda x, wanted: jax.device_put(np.asarray(x), wanted.sharding), found, form)
-    return reductions_from(placed, like, after)[3]
+    return reductions_from(placed, like, summed=there, mesh=after)[3]
+
+
+def answers(reduction, mesh, chosen=CHOSEN):
+    """All that the store is made of."""
+    neurons = reduction.moments.mean_F.shape[1]
+    return {
+        "ranked": merge_partials(reduction, mesh),
+        "draws": {count: merge_top(top, mesh=mesh) for count, top in reduction.draws.items()},
+        "sample": merge_sample(reduction.sample_MF, mesh=mesh),
+        "tokens": merge_token_sums(reduction.token_sums, summed(mesh, neurons, chosen)[1]),
+    }
 
 
 @pytest.mark.parametrize("after", MESHES)
@@ -78,8 +106,13 @@ def test_any_mesh_goes_on_from_any_other(before, after):
         result = merge_partials(reduction, after), merge_moments(reduction.moments)
         assert_equals_oracle(result, *acts, K)
         mesh = make_mesh(1, 1)
-        whole = fold(empty(mesh), acts, mesh, 0, 48)
-        np.testing.assert_array_equal(merge_sample(reduction, after), merge_sample(whole, mesh))
+        found, whole = (
+            answers(*side) for side in ((reduction, after), (fold(empty(mesh), acts, mesh, 0, 48), mesh))
+        )
+        for name in ("draws", "sample"):
+            jax.tree.map(np.testing.assert_array_equal, found[name], whole[name])
+        np.testing.assert_array_equal(found["tokens"].count_V, whole["tokens"].count_V)
+        np.testing.assert_allclose(found["tokens"].mean_NV, whole["tokens"].mean_NV, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("shape", MESHES)
@@ -89,8 +122,8 @@ def test_the_same_mesh_goes_on_with_the_same_bits(shape):
     whole = fold(empty(mesh), acts, mesh, 0, 48)
     reduction = fold(moved(fold(empty(mesh), acts, mesh, 0, 16), mesh, mesh), acts, mesh, 16, 48)
     for one, other in zip(
-        jax.tree.leaves((merge_partials(reduction, mesh), reduction.moments)),
-        jax.tree.leaves((merge_partials(whole, mesh), whole.moments)),
+        jax.tree.leaves((answers(reduction, mesh), reduction.moments)),
+        jax.tree.leaves((answers(whole, mesh), whole.moments)),
         strict=True,
     ):
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
@@ -132,11 +165,28 @@ def test_neurons_that_fill_the_mesh_up_are_left_out(before, after, kept):
 
     acts_NTF, counted_NT, lottery_N = draw(5, 48, TOKENS, NEURONS)
     sides = [(acts_NTF[:, :, padded(mesh)], counted_NT, lottery_N) for mesh in (before, after)]
-    reduction = fold(empty(before, len(padded(before))), sides[0], before, 0, 24)
-    reduction = moved(reduction, before, after, kept=kept, neurons=len(padded(after)))
+    chosen = np.array([kept - 1])
+    reduction = fold(empty(before, len(padded(before)), chosen), sides[0], before, 0, 24)
+    reduction = moved(reduction, before, after, kept=kept, neurons=len(padded(after)), chosen=chosen)
     reduction = fold(reduction, sides[1], after, 24, 48)
     result = merge_partials(reduction, after), merge_moments(reduction.moments)
     assert_equals_oracle(result, *sides[1], K)
+    alone = make_mesh(1, 1)
+    whole = answers(
+        fold(empty(alone, NEURONS, chosen), (acts_NTF, *sides[0][1:]), alone, 0, 48), alone, chosen
+    )
+    found = answers(reduction, after, chosen)["tokens"].mean_NV
+    np.testing.assert_allclose(found, whole["tokens"].mean_NV, rtol=1e-6, atol=1e-7)
+
+
+def test_nothing_drawn_is_nothing_kept():
+    before, after = make_mesh(2, 4), make_mesh(4, 2)
+    acts = draw(8, 48, TOKENS, NEURONS)
+    reduction = fold(empty(before, sampled=0), acts, before, 0, 24, sampled=0)
+    reduction = moved(reduction, before, after, sampled=0)
+    assert reduction.sample_MF.shape == (4, 0, NEURONS)
+    reduction = fold(reduction, acts, after, 24, 48, sampled=0)
+    assert_equals_oracle((merge_partials(reduction, after), merge_moments(reduction.moments)), *acts, K)
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 8), (8, 1), (8, 3), (3, 8), (4, 2), (2, 2)])
@@ -146,20 +196,12 @@ def test_moments_of_another_number_of_shards(before, after):
     acts[0][...] += 100  # a mean far from 0, beside which a careless sum of squares would be lost
     if mesh is None:
         eight = fold(empty(make_mesh(8, 1)), acts, make_mesh(8, 1), 0, 48).moments
-        moments = regroup(eight, before)
+        moments = regroup(eight, before, add_moments)
     else:
         moments = fold(empty(mesh), acts, mesh, 0, 48).moments
-    found = regroup(moments, after)
+    found = regroup(moments, after, add_moments)
     assert found.mean_F.shape == (after, NEURONS)
     assert found.token_count.dtype == jnp.uint32
     assert_statistics_equal_oracle(merge_moments(found), acts[0], acts[1])
     if before == after:
         assert found is moments
-
-
-def test_what_a_checkpoint_does_not_know_of_is_refused():
-    mesh = make_mesh(1, 1)
-    reduction = empty(mesh)
-    more = LayerReduction(tops=reduction.tops, tokens=jnp.zeros(3), moments=reduction.moments)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="a checkpoint would lose"):
-        snapshot({0: more}, kept={0: NEURONS}, mesh=mesh)

@@ -50,6 +50,9 @@ def compiled_step(layers, mesh, *, reduced=None):
             sampled_tokens=64,
             dtype=jnp.dtype("float16"),
             mesh=mesh,
+            draws={4: 4, 40: 2},
+            summed=np.zeros(mesh.shape["model"], np.int32),
+            vocabulary=384,
         )
         for layer in (range(layers) if reduced is None else reduced)
     }
@@ -58,7 +61,9 @@ def compiled_step(layers, mesh, *, reduced=None):
         counted_BT=np.ones((BATCH, TOKENS), bool),
         sequence_B=np.arange(BATCH, dtype=np.int32),
         lottery_B=np.ones(BATCH, np.float32),
-        token_lottery_BT=-np.ones((BATCH, TOKENS), np.float32),
+        turn_B=np.arange(BATCH, dtype=np.int32),
+        drawn_PW=np.full((mesh.shape["data"], BATCH * TOKENS // mesh.shape["data"]), -1, np.int32),
+        slot_PW=np.full((mesh.shape["data"], BATCH * TOKENS // mesh.shape["data"]), -1, np.int32),
     )
     rows = jax.device_put(rows, NamedSharding(mesh, P("data")))
     return step.lower(reductions, weights, rows, {}).compile()

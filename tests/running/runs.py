@@ -35,8 +35,8 @@ def write_config(folder, *, documents=150, sequences=SEQUENCES, **run):
             "splits": {"train": 0.5, "valid": 0.5},
             "exclude": {"special": True, "first": 1},
         },
-        "exemplars": {"k": 6},
-        "statistics": {"sampled_tokens": 50},
+        "exemplars": {"k": 6, "kinds": [*KINDS, "quantile"], "samples_per_quantile": 1},
+        "statistics": {"sampled_tokens": 50, "tokens": {"neurons": 4, "count": 5, "min_count": 1}},
         "run": {"batch_size": BATCH, "progress": False} | run,
         "output": str(folder / "run"),
     }
@@ -119,7 +119,7 @@ def assert_same_answer(store, other):
     """The same sequences for every neuron, and the same numbers but for the last digits."""
     for split in SPLITS:
         for layer in range(len(store[split].layers)):
-            for kind in KINDS:
+            for kind in (*KINDS, "quantile_sample"):
                 names = [f"{kind}/{name}" for name in ("sequence", "score", "activation")]
                 ours, theirs = (s[split].layer_arrays(layer, *names) for s in (store, other))
                 np.testing.assert_array_equal(ours[0], theirs[0])
@@ -131,6 +131,11 @@ def assert_same_answer(store, other):
                 names, *(s[split].layer_arrays(layer, *names) for s in (store, other)), strict=True
             ):
                 np.testing.assert_allclose(mine, its, rtol=1e-3, atol=1e-5, err_msg=name)
+        for sign in ("max", "min"):
+            ours, theirs = (
+                s[split]._array(f"token_table/{sign}/mean").read().result() for s in (store, other)
+            )
+            np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
 def assert_nothing_left(output):

@@ -107,6 +107,15 @@ def test_one_neuron_alone_may_change_the_mesh(config, tmp_path, monkeypatch):
     runs.assert_same_answer(run(config, output, *chosen, *after), reference)
 
 
+def test_no_tokens_drawn(config, tmp_path, monkeypatch):
+    nothing = (*MESH, "--statistics.quantiles", "[]")
+    run(config, tmp_path / "whole", *nothing)
+    output = tmp_path / "run"
+    interrupted(monkeypatch, config, output, *nothing, steps=3, act=terminate, raised=Stopped)
+    run(config, output, *nothing)
+    runs.assert_same_bits(output, tmp_path / "whole")
+
+
 def flipped(data):
     data[len(data) // 2] ^= 1
     return data

@@ -4,7 +4,11 @@ The tails are exact: every token beyond the last-ranked sequence's extreme lies 
 its rank among all tokens is known. (Exact in the stored activations' dtype, whose rounding keeps the order.)
 The body comes from a random sample of the tokens, the same for all neurons. With M sampled tokens, the share
 of tokens below a body quantile is off by more than sqrt(log(2 / d) / (2 M)) with a probability of d at most
-(Dvoretzky, Kiefer & Wolfowitz, 1956; Massart, 1990): for M = 2,048 by more than 0.03 once in twenty times.
+(Dvoretzky, Kiefer & Wolfowitz, 1956; Massart, 1990): for M = 2,048 by more than 0.03 once in twenty times,
+anywhere. At one level q its standard error is sqrt(q (1 - q) / M).
+That bound knows M alone, not how many tokens there are, so what a run fixes is M, and the rate of sampling is
+M over the tokens that count. Where the tails meet the body, ranks go on counting: the sampled tokens between
+the two thresholds are spread over the ranks that the tails leave, so that there is no jump.
 """
 
 from typing import NamedTuple
@@ -29,11 +33,13 @@ class Tail(NamedTuple):
 
 def upper_tail(score_FR: Float[np.ndarray, "F R"], activation_FRT: Float[np.ndarray, "F R T"]) -> Tail:
     """What the sequences of kind max know of the highest activations; NaN where nothing is ranked."""
-    last_F = score_FR[:, -1]
-    threshold_F = np.where(np.isnan(last_F), -np.inf, last_F.astype(activation_FRT.dtype))
-    flat_FN = activation_FRT.reshape((len(activation_FRT), -1))
-    neuron_N, place_N = np.nonzero(flat_FN > threshold_F[:, None].astype(flat_FN.dtype))
-    value_N = flat_FN[neuron_N, place_N].astype(np.float32)
+    largest = np.finfo(activation_FRT.dtype).max  # what is beyond it is stored as that
+    last_F = np.clip(score_FR[:, -1], -largest, largest).astype(activation_FRT.dtype).astype(np.float32)
+    threshold_F = np.where(np.isnan(last_F), -np.inf, last_F)
+    # numpy compares float32 many times as fast as float16.
+    flat_FN = activation_FRT.astype(np.float32).reshape((len(activation_FRT), -1))
+    neuron_N, place_N = np.nonzero(flat_FN > threshold_F[:, None])
+    value_N = flat_FN[neuron_N, place_N]
     order = np.lexsort((-value_N, neuron_N))
     count_F = np.bincount(neuron_N, minlength=len(flat_FN))
     rank_N = np.arange(len(neuron_N)) - np.repeat(np.cumsum(count_F) - count_F, count_F)
@@ -78,7 +84,7 @@ class _OrderStatistics:
 
     def __init__(self, count: int, sample_FM: np.ndarray, upper: Tail | None, lower: Tail | None):
         self._count, self._upper, self._lower = count, upper, lower
-        sample_FM = np.pad(sample_FM.astype(np.float64), ((0, 0), (0, 1)), constant_values=np.nan)
+        sample_FM = np.pad(sample_FM.astype(np.float32), ((0, 0), (0, 1)), constant_values=np.nan)
         unbounded_F = np.full(len(sample_FM), np.inf)
         self._highest_F = unbounded_F if upper is None else upper.threshold_F
         self._lowest_F = -unbounded_F if lower is None else lower.threshold_F
@@ -89,13 +95,10 @@ class _OrderStatistics:
     def at(self, rank_Q: np.ndarray) -> np.ndarray:
         """Activations [F, Q]."""
         found = np.stack([self._body(rank) for rank in rank_Q.tolist()], axis=1)
-        for tail, from_end in ((self._lower, False), (self._upper, True)):
-            if tail is None:
-                continue
-            place_Q = self._count - 1 - rank_Q if from_end else rank_Q
-            known_FQ = place_Q[None] < tail.count_F[:, None]
-            value_FQ = tail.value_FN[:, np.minimum(place_Q, tail.value_FN.shape[1] - 1)]
-            found = np.where(known_FQ, value_FQ, found)
+        for tail, place_Q in ((self._lower, rank_Q), (self._upper, self._count - 1 - rank_Q)):
+            if tail is not None:
+                value_FQ = tail.value_FN[:, np.minimum(place_Q, tail.value_FN.shape[1] - 1)]
+                found = np.where(place_Q[None] < tail.count_F[:, None], value_FQ, found)
         return found
 
     def _body(self, rank: int) -> np.ndarray:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxplain.configs.extraction import QUANTILES
-from jaxplain.exemplars.quantiles import lower_tail, quantiles, upper_tail
+from jaxplain.store.quantiles import lower_tail, quantiles, upper_tail
 
 LEVELS = np.array(QUANTILES)
 
@@ -74,17 +74,13 @@ def test_the_tails_are_exact_wherever_the_kept_sequences_reach():
     acts_NTF = heavy(500, 10, 6)
     levels = np.linspace(0, 1, 5001)
     found, expected = estimated(acts_NTF, k=50, sampled=300, levels=levels), exact(acts_NTF, levels)
-    for f in range(6):
-        for score_FR, place in (
-            (kept(acts_NTF, 50)[0], expected[f] > kept(acts_NTF, 50)[0][f, -1]),
-            (kept(acts_NTF, 50)[0], expected[f] < kept(acts_NTF, 50, lowest=True)[0][f, -1]),
-        ):
-            assert score_FR.shape == (6, 50)
-            # The last of them may lie between a token of the tail and one of the body.
-            inner = place.copy()
-            inner[np.flatnonzero(place)[[0, -1]]] = False
-            assert inner.sum() > 20
-            np.testing.assert_allclose(found[f, inner], expected[f, inner], rtol=1e-6)
+    highest_F, lowest_F = kept(acts_NTF, 50)[0][:, -1], kept(acts_NTF, 50, lowest=True)[0][:, -1]
+    for inside in (expected > highest_F[:, None], expected < lowest_F[:, None]):
+        for f in range(6):
+            # The innermost may lie between a token of the tail and one of the body.
+            place = np.flatnonzero(inside[f])[1:-1]
+            assert len(place) > 20
+            np.testing.assert_allclose(found[f, place], expected[f, place], rtol=1e-6)
 
 
 def test_tails_and_body_join_without_a_jump():
@@ -94,6 +90,16 @@ def test_tails_and_body_join_without_a_jump():
     found = estimated(acts_NTF, k=60, sampled=4096, levels=levels)
     assert (np.diff(found, axis=1) >= 0).all()
     assert np.diff(found, axis=1).max() < 0.012
+
+
+def test_ranks_are_counted_through_from_tail_to_body():
+    """Tails of a tenth of all tokens each, which the body must neither count again nor forget."""
+    acts_NTF = np.random.default_rng(0).uniform(-1, 1, (2000, 10, 3)).astype(np.float32)
+    tail = upper_tail(*kept(acts_NTF, 1300))
+    assert (tail.count_F > 0.08 * 20_000).all()
+    levels = np.linspace(0, 1, 101)
+    found = estimated(acts_NTF, k=1300, sampled=8192, levels=levels)
+    assert np.abs((found + 1) / 2 - levels).max() < 0.02
 
 
 @pytest.mark.parametrize("sequences", [1, 7, 40])
@@ -152,7 +158,11 @@ def test_few_sampled_tokens_or_none():
 
 def test_no_tokens_at_all():
     nothing = np.full((3, 5), np.nan)
-    assert np.isnan(quantiles(LEVELS, 0, nothing, upper=None, lower=None)).all()
+    empty = (np.full((3, 2), np.nan, np.float32), np.full((3, 2, 4), np.nan, np.float16))
+    for upper, lower in ((None, None), (upper_tail(*empty), lower_tail(*empty))):
+        found = quantiles(LEVELS, 0, nothing, upper=upper, lower=lower)
+        assert np.isnan(found).all()
+        assert found.shape == (3, len(LEVELS))
 
 
 def test_activations_rounded_to_float16_keep_their_ranks():
@@ -162,7 +172,18 @@ def test_activations_rounded_to_float16_keep_their_ranks():
     tail = upper_tail(score, acts.astype(np.float16))
     rounded = acts_NTF.astype(np.float16)
     for f in range(3):
-        assert tail.count_F[f] == (rounded[:, :, f] > np.float16(score[f, -1])).sum()
+        assert tail.count_F[f] == (rounded[:, :, f] > np.float16(score[f, -1])).sum() + 1
         np.testing.assert_array_equal(
             tail.value_FN[f, : tail.count_F[f]], -np.sort(-rounded[:, :, f].ravel())[: tail.count_F[f]]
         )
+
+
+def test_activations_beyond_float16_are_its_largest():
+    """As they are stored; their scores are not."""
+    acts_NTF = heavy(200, 10, 1)
+    acts_NTF[:30, 0] = 1e6
+    score, acts = kept(acts_NTF, 20)
+    assert (score == 1e6).all()
+    tail = upper_tail(score, acts.clip(max=np.finfo(np.float16).max).astype(np.float16))
+    assert tail.threshold_F.tolist() == [65504]
+    assert tail.value_FN[:, : tail.count_F[0]].tolist() == [[65504]]
