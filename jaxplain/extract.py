@@ -19,7 +19,8 @@ from jaxplain.configs.distributed import DistributedConfig
 from jaxplain.configs.extraction import CorpusConfig, ExtractConfig, recorded
 from jaxplain.corpora.sources import Source, open_source
 from jaxplain.corpora.tokens import TokenTable, write_token_table
-from jaxplain.corpora.windows import prefix_of
+from jaxplain.corpora.windows import prefix_of, reading, sequences_to_cut
+from jaxplain.corpora.workers import Work, open_workers, worker_count
 from jaxplain.distributed import join
 from jaxplain.errors import JaxplainError
 from jaxplain.exemplars.extraction import Extraction
@@ -96,27 +97,31 @@ def extract(config: ExtractConfig, *, overwrite: bool = False) -> None:
             if unfinished is not None:
                 require_same(_decisive(unfinished), _decisive(attributes), config.output)
         require_agreement(_decisive(attributes) | {"run": recorded(config.run)} | _versions())
-        step, weights = make_step(
-            subject.load(mesh, depth=selection.depth, over_data=config.run.shard_weights),
-            mesh,
-            active_above=config.statistics.active_above,
-            gather=config.run.shard_weights,
-        )
-        extraction = Extraction(
-            config=config,
-            mesh=mesh,
-            selection=selection,
-            step=step,
-            weights=weights,
-            excluded=excluded,
-            mlp_width=subject.arch.neurons,
-            vocabulary=subject.arch.vocabulary,
-            tabled=tabled,
-        )
-        writer = _open_writer(path, attributes, unfinished, config, overwrite=overwrite)
-        writer.write_vocabulary(token_bytes(subject.tokenizer, subject.arch.vocabulary))
-        _extract_splits(extraction, writer, sources, subject, stop)
-    writer.finish()
+        sequences = sequences_to_cut(sources, config.corpus, splits=len(config.exemplars.splits))
+        workers = worker_count(config.run.input_workers, sequences=sequences) if leads() else 0
+        # They start while the weights load.
+        with open_workers(workers, reading(sources, subject.tokenizer)) as work:
+            step, weights = make_step(
+                subject.load(mesh, depth=selection.depth, over_data=config.run.shard_weights),
+                mesh,
+                active_above=config.statistics.active_above,
+                gather=config.run.shard_weights,
+            )
+            extraction = Extraction(
+                config=config,
+                mesh=mesh,
+                selection=selection,
+                step=step,
+                weights=weights,
+                excluded=excluded,
+                mlp_width=subject.arch.neurons,
+                vocabulary=subject.arch.vocabulary,
+                tabled=tabled,
+            )
+            writer = _open_writer(path, attributes, unfinished, config, overwrite=overwrite)
+            writer.write_vocabulary(token_bytes(subject.tokenizer, subject.arch.vocabulary))
+            seconds = _extract_splits(extraction, writer, sources, subject, work, stop)
+    writer.finish(seconds=seconds)
     if leads() and (kept := _checkpoint_folder(config)):
         Files(kept).delete_all()
 
@@ -174,19 +179,22 @@ def _extract_splits(
     writer: StoreWriter,
     sources: Sequence[Source],
     subject: Subject,
+    work: Work,
     stop: StopRequest,
-) -> None:
-    """Cut and read each split, but for those that are complete."""
+) -> dict[str, dict[str, float]]:
+    """Cut and read each split, but for those that are complete; how many seconds this took."""
     config = extraction.config
     kept = _checkpoint_folder(config)
     progress = progress_bars(enabled=config.run.progress and leads())
     if kept is None and leads():
         print("no checkpoints are saved, since run.checkpoint_folder names no folder for them")
+    seconds = {}
     for split in config.exemplars.splits:
         # The first process looks: the others may not see yet what it wrote.
         complete, has_sequences = exchange([writer.has_split(split), writer.has_sequences(split)])[0]
         if complete:
             continue
+        table = None
         if not has_sequences:
             table = first_works(
                 lambda split=split: write_token_table(
@@ -197,6 +205,7 @@ def _extract_splits(
                     subject.tokenizer,
                     progress,
                     vocabulary=subject.arch.vocabulary,
+                    work=work,
                 ),
                 stop,
                 f"stopped by SIGTERM: the same command cuts the sequences of {split} again.",
@@ -204,9 +213,20 @@ def _extract_splits(
             if table is not None:
                 _report(split, table, config.corpus)
         folder = None if kept is None else f"{kept}/{split}"
-        extraction.run_split(writer, split, progress, folder=folder, stop=stop)
+        clock = extraction.run_split(writer, split, progress, folder=folder, stop=stop)
+        seconds[split] = {"read": clock.total, "waited_for_input": clock.waited}
+        if leads():
+            cut = f"{table.rows:,} sequences cut in {table.seconds:.1f} s and " if table is not None else ""
+            waited = clock.waited / clock.total if clock.total else 0.0
+            print(
+                f"{split}: {cut}read in {clock.total:.1f} s, of which the devices waited "
+                f"{clock.waited:.1f} s ({waited:.1%}) for input"
+            )
+        if table is not None:
+            seconds[split]["cut"] = table.seconds
         if folder is not None and leads():
             Files(folder).delete_all()
+    return seconds
 
 
 def _checkpoint_folder(config: ExtractConfig) -> str | None:

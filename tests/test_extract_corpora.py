@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ import yaml
 import jaxplain
 from jaxplain.configs.extraction import CorpusConfig, ExtractConfig, SourceConfig, SubjectConfig, recorded
 from jaxplain.corpora.presets import preset
+from jaxplain.corpora.tokens import token_batches
+from jaxplain.corpora.workers import open_workers
 from jaxplain.errors import JaxplainError
 from jaxplain.extract import main
 from jaxplain.progress import progress_bars
@@ -116,6 +120,67 @@ def test_a_streamed_run_reads_the_same_sequences(workspace, tmp_path):
     assert sorted(found[0]["document"]) == sorted(found[1]["document"])
 
 
+def test_input_workers_write_the_very_same_table(workspace, tmp_path, monkeypatch):
+    counts = []
+
+    def counting(count, shared):
+        counts.append(count)
+        return open_workers(count, shared)
+
+    monkeypatch.setattr("jaxplain.extract.open_workers", counting)
+    arguments = ["--corpus.windows", "packed", "--corpus.stride", "7"]
+    for name, more in (
+        ("0", ["--run.input_workers", "0"]),
+        ("1", ["--run.input_workers", "1"]),
+        ("none", []),
+    ):
+        some = ["--corpus.max_sequences", "90"] if name == "none" else ["--corpus.when_exhausted", "continue"]
+        extract(workspace, tmp_path / name, *arguments, *more, *some)
+    assert counts == [0, 1, 0]
+    files = {
+        name: {
+            str(file.relative_to(tmp_path / name)): file.read_bytes()
+            for file in (tmp_path / name / "exemplars.zarr" / "train").rglob("*")
+            if file.is_file()
+        }
+        for name in ("0", "1")
+    }
+    assert len(files["0"]) > 10
+    assert files["0"] == files["1"]
+    stores = [jaxplain.open_store(tmp_path / name) for name in ("0", "1", "none")]
+    assert [store.config["run"].get("input_workers") for store in stores] == [0, 1, None]
+
+
+def test_a_run_says_how_long_devices_waited_for_input(workspace, tmp_path, monkeypatch, capsys):
+    extract(workspace, tmp_path / "quick")
+    slowly = 0.3
+
+    def slow(*arguments, **options):
+        for batch in token_batches(*arguments, **options):
+            time.sleep(slowly)
+            yield batch
+
+    monkeypatch.setattr("jaxplain.exemplars.extraction.token_batches", slow)
+    capsys.readouterr()
+    extract(workspace, tmp_path / "slow")
+    quick, slow_one = (
+        jaxplain.open_store(tmp_path / name).attributes["seconds"]["train"] for name in ("quick", "slow")
+    )
+    batches = 3
+    assert batches * slowly <= slow_one["waited_for_input"] < slow_one["read"]
+    assert quick["waited_for_input"] < slow_one["waited_for_input"] - 0.8 * batches * slowly
+    assert 0 < quick["waited_for_input"] < quick["read"]
+    assert quick["cut"] > 0
+    said = capsys.readouterr().out
+    found = re.search(
+        r"train: 48 sequences cut in (.*) s and read in (.*) s, of which the devices waited (.*) s \((.*)%\)",
+        said,
+    )
+    expected = [slow_one[name] for name in ("cut", "read", "waited_for_input")]
+    expected.append(100 * slow_one["waited_for_input"] / slow_one["read"])
+    np.testing.assert_allclose([float(number) for number in found.groups()], expected, atol=0.051)
+
+
 def test_valueeval_from_its_folder(workspace, tmp_path):
     for number, file in enumerate(preset("valueeval").files):
         (tmp_path / file).write_text(f"Argument ID\tPremise\nA1\tthe cat sees {number}\n")
@@ -141,10 +206,14 @@ def test_valueeval_from_its_folder(workspace, tmp_path):
             ["--corpus.sources", "[{preset: fineweb, shuffle_buffer: -1}]"],
             "shuffle_buffer is -1; give 0 for no",
         ),
-        (
-            ["--corpus.sources", "[{preset: fineweb, weight: -1}, {preset: chitchat}]"],
-            "weight is -1.*; give a pos",
+        *(
+            (
+                ["--corpus.sources", f"[{{preset: fineweb, weight: {weight}}}, {{preset: chitchat}}]"],
+                f"corpus.sources.weight is {said}.*; give a positive number",
+            )
+            for weight, said in (("-1", "-1"), ("0", "0"), (".nan", "nan"), (".inf", "inf"))
         ),
+        (["--run.input_workers", "-2"], "run.input_workers is -2; give 0 for none"),
         (["--corpus.sources", "[{preset: valueeval}]"], "the preset valueeval needs corpus.valueeval_dir"),
         (
             ["--corpus.chat_prefix", "true", "--corpus.sequence_length", "4"],
@@ -194,6 +263,14 @@ def test_later_fields_are_recorded_only_where_they_are_set():
     everything = dataclasses.asdict(old)
     del everything["corpus"], everything["exemplars"]["strata"], everything["statistics"]["tokens"]
     del everything["exemplars"]["samples_per_quantile"]
+    for name in (
+        "input_workers",
+        "shard_weights",
+        "checkpoint_minutes",
+        "checkpoint_steps",
+        "checkpoint_folder",
+    ):
+        del everything["run"][name]
     assert {name: value for name, value in recorded(old).items() if name != "corpus"} == everything
 
 

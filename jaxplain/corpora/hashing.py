@@ -19,12 +19,16 @@ def split_of(document: int, splits: Mapping[str, float]) -> str | None:
     It depends on the id and the shares alone, so that another seed never moves a document from
     the data that is scored to the data that is explained.
     """
-    place = float(_uniform(_mix(np.array([document], np.uint64)))[0])
+    number = int(splits_of(np.array([document], np.int64), splits)[0])
+    return list(splits)[number] if number < len(splits) else None
+
+
+def splits_of(document_N: Int[np.ndarray, "N"], splits: Mapping[str, float]) -> Int[np.ndarray, "N"]:
+    """The number of each document's split, as `split_of` names it; one too many where there is none."""
     edges = np.cumsum(list(splits.values()))
     if edges[-1] > 1 - 1e-9:  # shares that sum to one but for rounding leave nothing out
         edges[-1] = 1.0
-    number = int(np.searchsorted(edges, place, side="right"))
-    return list(splits)[number] if number < len(splits) else None
+    return np.searchsorted(edges, _uniform(_mix(document_N.astype(np.uint64))), side="right")
 
 
 def lottery(

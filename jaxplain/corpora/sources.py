@@ -1,20 +1,21 @@
 """Where text comes from: Hugging Face datasets, local files and packaged corpora, as documents."""
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import datasets
-import grain
 import jinja2
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from jaxplain.configs.extraction import SourceConfig
-from jaxplain.corpora.hashing import text_hash
+from jaxplain.corpora.hashing import splits_of, text_hash
 from jaxplain.corpora.loading import explain_failure, load_records, no_documents
 from jaxplain.corpora.presets import resolve
-from jaxplain.corpora.streams import RecordStream
+from jaxplain.corpora.records import RecordBlock, row_blocks, stream_blocks
 from jaxplain.errors import JaxplainError, first_line
 
 
@@ -51,51 +52,78 @@ class Source:
     shuffle_buffer: int = 0
     failed: Callable[[Exception], JaxplainError] = JaxplainError
 
-    def documents(
-        self, tokenizer: PreTrainedTokenizerBase, *, seed: int
-    ) -> grain.MapDataset[Document] | grain.IterDataset[Document]:
-        """All documents, in an order drawn by the seed; a stream's as an IterDataset."""
+    @property
+    def size(self) -> int | None:
+        """How many records there are; None for a stream."""
+        return None if isinstance(self.records, datasets.IterableDataset) else len(self.records)
+
+    def blocks(self, *, seed: int, first: int = 0) -> Iterator[RecordBlock]:
+        """All records from block number `first` on, in an order drawn by the seed."""
         if not isinstance(self.records, datasets.IterableDataset):
-            rows = grain.MapDataset.range(len(self.records)).seed(seed).shuffle()
-            return rows.map(lambda row: self.document(row, tokenizer))
+            return row_blocks(len(self.records), seed=seed, first=first)
         stream = self.records
         if self.shuffle_buffer:
             stream = stream.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
-        return RecordStream(stream, self.failed).map(lambda numbered: self._read(*numbered, tokenizer))
+        return stream_blocks(stream, self.column, failed=self.failed, first=first)
 
-    def document(self, row: int, tokenizer: PreTrainedTokenizerBase) -> Document:
-        """The document of a row, of records with random access.
+    def without_stream(self) -> "Source":
+        """The source as other processes can be given it; the blocks of a stream hold their records."""
+        stream = isinstance(self.records, datasets.IterableDataset)
+        return dataclasses.replace(self, records=()) if stream else self
 
-        A chat is laid out by the tokenizer's chat template, and null is no text.
+    def documents(
+        self,
+        block: RecordBlock,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        splits: Mapping[str, float],
+        split: str,
+    ) -> list[Document]:
+        """The documents of a block that are of the split.
 
-        Raises JaxplainError where the row's column holds something else.
+        A chat is laid out by the tokenizer's chat template; null and empty texts are left out.
+
+        Raises JaxplainError where the column holds something else.
         """
-        return self._read(row, self.records[row], tokenizer)  # type: ignore[index]
+        values = self._values(block.rows) if block.values is None else block.values
+        some = [(row, value) for row, value in zip(block.rows, values, strict=True) if value is not None]
+        id_N = np.array([self._id(row, value) for row, value in some], np.int64)
+        chosen = np.flatnonzero(splits_of(id_N, splits) == list(splits).index(split))
+        documents = [
+            Document(id=int(id_N[place]), text=self._text(*some[place], tokenizer)) for place in chosen
+        ]
+        return [document for document in documents if document.text]
 
-    def _read(self, row: int, record: Any, tokenizer: PreTrainedTokenizerBase) -> Document:
-        value = record[self.column]
-        if value is None:
-            return Document(id=0, text="")
+    def _values(self, rows: list[int]) -> list[Any]:
+        if isinstance(self.records, datasets.Dataset):
+            return self.records[rows][self.column]
+        return [self.records[row][self.column] for row in rows]  # type: ignore[index]
+
+    def _id(self, row: int, value: Any) -> int:
         if self.layout == "text":
             if not isinstance(value, str):
                 raise JaxplainError(
                     f"column {self.column!r} of {self.name} holds {type(value).__name__}s, not text "
                     f"(row {row}: {value!r:.60}); choose another text_column."
                 )
-            return Document(id=text_hash(value), text=value)
+            return text_hash(value)
         if not _is_chat(value):
             raise JaxplainError(
                 f"column {self.column!r} of {self.name} must hold lists of {{role, content}}, but row "
                 f"{row} is {value!r:.60}; choose another chat_column, or convert the data."
             )
+        return text_hash(json.dumps(value, sort_keys=True, default=str))
+
+    def _text(self, row: int, value: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+        if self.layout == "text":
+            return value
         try:
-            text = tokenizer.apply_chat_template(value, tokenize=False)
+            return str(tokenizer.apply_chat_template(value, tokenize=False))
         except jinja2.TemplateError as error:
             raise JaxplainError(
                 f"the subject's chat template refuses row {row} of {self.name}: {first_line(error)}; "
                 "convert the data, or use another subject."
             ) from error
-        return Document(id=text_hash(json.dumps(value, sort_keys=True, default=str)), text=str(text))
 
 
 def open_source(
@@ -106,10 +134,7 @@ def open_source(
     if config.preset is not None:
         config = resolve(config, folder=valueeval_dir)
     records = load_records(config)
-
-    def failed(error: Exception) -> JaxplainError:
-        return explain_failure(error, config)
-
+    failed = functools.partial(explain_failure, config=config)
     columns = _columns(records, failed)
     if columns is None:
         raise no_documents(name, config.split)
@@ -127,7 +152,8 @@ def open_source(
     return Source(
         name=name,
         weight=weight,
-        records=records,
+        # The others would be read from disk with it.
+        records=records.select_columns([column]) if isinstance(records, datasets.Dataset) else records,
         column=column,
         layout="chat" if config.chat_column else "text",
         shuffle_buffer=config.shuffle_buffer,

@@ -1,7 +1,7 @@
 """The token table: windows written once, numbered by row, and read by row ever after."""
 
 import dataclasses
-import itertools
+import time
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -11,10 +11,11 @@ from jaxtyping import Float, Int
 from transformers import PreTrainedTokenizerBase
 
 from jaxplain.configs.extraction import CorpusConfig
-from jaxplain.corpora.cutting import PADDING, Window
+from jaxplain.corpora.cutting import PADDING
 from jaxplain.corpora.hashing import lottery
 from jaxplain.corpora.sources import Source
 from jaxplain.corpora.windows import windows_of_split
+from jaxplain.corpora.workers import Work
 from jaxplain.errors import JaxplainError
 from jaxplain.progress import Progress
 from jaxplain.store.writer import SequenceBlock, StoreWriter, blocks_of
@@ -24,11 +25,15 @@ _ROWS_PER_WRITE = 4096
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenTable:
-    """What was written: how many rows. Which sources ran out, and how many repeated windows were left out."""
+    """What was written: how many rows. Which sources ran out, and how many repeated windows were left out.
+
+    `seconds` is how long it took.
+    """
 
     rows: int
     exhausted: tuple[str, ...]
     repeated: int
+    seconds: float
 
 
 def write_token_table(
@@ -40,26 +45,29 @@ def write_token_table(
     progress: Progress,
     *,
     vocabulary: int,
+    work: Work | None = None,
 ) -> TokenTable:
-    """Cut the split's windows and write them.
+    """Cut the split's windows, by `work` as `windows_of_split` has it, and write them.
 
     Raises JaxplainError where the sources give not a single window, or the tokenizer a token id that
     is not below `vocabulary`, the number of tokens that the subject has embeddings of.
     """
-
-    def row(window: Window) -> SequenceBlock:
-        if (largest := int(window.tokens_T.max())) >= vocabulary:
-            raise JaxplainError(
-                f"the tokenizer gives token {largest}, but the subject has embeddings of {vocabulary} "
-                "tokens only; its folder mixes files of different models."
-            )
-        return _row(window)
-
-    mixed = windows_of_split(sources, config, split, tokenizer)
-    windows = itertools.islice(mixed, config.max_sequences) if config.max_sequences else mixed
+    started = time.perf_counter()
+    windows = windows_of_split(sources, config, split, tokenizer, work)
     total = config.max_sequences or config.expected_sequences
     with progress(total=total, desc=f"{split}: cut", unit="sequences") as bar:
-        blocks = blocks_of(map(row, bar.over(windows)), _ROWS_PER_WRITE)
+
+        def checked() -> Iterator[SequenceBlock]:
+            for block in windows:
+                if (largest := int(block.token_NT.max())) >= vocabulary:
+                    raise JaxplainError(
+                        f"the tokenizer gives token {largest}, but the subject has embeddings of "
+                        f"{vocabulary} tokens only; its folder mixes files of different models."
+                    )
+                bar.update(len(block))
+                yield block
+
+        blocks = blocks_of(checked(), _ROWS_PER_WRITE)
         rows = writer.write_sequences(split, blocks, tokens=config.sequence_length)
     if rows == 0:
         raise JaxplainError(
@@ -68,18 +76,9 @@ def write_token_table(
         )
     return TokenTable(
         rows=rows,
-        exhausted=tuple(sources[number].name for number in sorted(mixed.exhausted)),
-        repeated=mixed.repeated,
-    )
-
-
-def _row(window: Window) -> SequenceBlock:
-    return SequenceBlock(
-        token_NT=window.tokens_T[None],
-        corpus_N=np.array([window.corpus], np.int32),
-        document_N=np.array([window.document], np.int64),
-        start_N=np.array([window.start], np.int32),
-        length_N=np.array([window.length], np.int32),
+        exhausted=tuple(sources[number].name for number in sorted(windows.exhausted)),
+        repeated=windows.repeated,
+        seconds=time.perf_counter() - started,
     )
 
 

@@ -17,6 +17,7 @@ from jaxplain.corpora.cutting import PADDING
 from jaxplain.corpora.tokens import TokenBatch, token_batches
 from jaxplain.errors import JaxplainError
 from jaxplain.exemplars.checkpointing import SplitCheckpoints
+from jaxplain.exemplars.clock import InputClock
 from jaxplain.exemplars.draws import Draws, TableBlock, draw
 from jaxplain.exemplars.merging import Ranked, merge_partials, merge_top
 from jaxplain.exemplars.moments import merge_moments
@@ -61,8 +62,10 @@ class Extraction:
 
     def run_split(
         self, writer: StoreWriter, split: str, progress: Progress, *, folder: str | None, stop: StopRequest
-    ) -> None:
-        """Extract a split whose token table is written already; `folder` is for its checkpoints, if any.
+    ) -> InputClock:
+        """Extract a split whose token table is written already; how long reading it took.
+
+        `folder` is for its checkpoints, if any.
 
         Raises Stopped where `stop` is requested.
         """
@@ -87,6 +90,7 @@ class Extraction:
             mesh=self.mesh,
             stop=stop,
         )
+        clock = InputClock()
         try:
             with checkpoints:
                 first, reductions = self._start(checkpoints, drawn, strata, rows=rows)
@@ -97,8 +101,9 @@ class Extraction:
                     first=first,
                     part=self._rows_held(),
                 )
-                with progress(total=rows, initial=first, desc=f"{split}: read", unit="sequences") as bar:
-                    reductions = self._reduce(reductions, batches, drawn, bar.update, checkpoints)
+                bar = progress(total=rows, initial=first, desc=f"{split}: read", unit="sequences")
+                with bar, clock:
+                    reductions = self._reduce(reductions, batches, drawn, bar.update, checkpoints, clock)
                 self._write_split(writer, split, reductions, drawn, strata, progress, checkpoints)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -109,6 +114,7 @@ class Extraction:
                 f"{sum(map(len, self.selection.indices.values()))} neurons; lower one of them, choose "
                 "fewer neurons, or use more devices."
             ) from error
+        return clock
 
     def _write_split(
         self,
@@ -199,12 +205,17 @@ class Extraction:
         drawn: Draws,
         advance: Callable[[int], Any],
         checkpoints: SplitCheckpoints,
+        clock: InputClock,
     ) -> Reductions:
         neurons = self._padded_neurons()
         pending = 0
-        for batch in batches:
-            rows = self._rows(batch, drawn)
-            # Rows are made ready while the step before runs; waiting for it keeps progress honest.
+
+        def idle() -> bool:
+            return jax.tree.leaves(reductions)[-1].is_ready()
+
+        # Rows are made ready while the step before runs; waiting for it then keeps progress honest.
+        ready = ((batch, self._rows(batch, drawn)) for batch in batches)
+        for batch, rows in clock.over(ready, idle=idle):
             jax.block_until_ready(reductions)
             advance(pending)
             checkpoints.before_step(batch.first, reductions)

@@ -26,6 +26,12 @@ class SequenceBlock:
     start_N: Int[np.ndarray, "N"]
     length_N: Int[np.ndarray, "N"]
 
+    def __len__(self) -> int:
+        return len(self.corpus_N)
+
+    def __getitem__(self, rows: slice | Int[np.ndarray, "M"]) -> "SequenceBlock":
+        return SequenceBlock(**{name: getattr(self, name)[rows] for name in _FIELDS})
+
 
 class StoreWriter:
     """A store in the making. `finish` makes it readable, in place of any store of that name.
@@ -84,7 +90,7 @@ class StoreWriter:
         }
         rows = 0
         for block in blocks:
-            stop = rows + len(block.corpus_N)
+            stop = rows + len(block)
             for name, array in arrays.items():
                 values = getattr(block, "token_NT" if name == "token" else f"{name}_N")
                 arrays[name] = self._files.resize_array(array, stop)
@@ -168,10 +174,11 @@ class StoreWriter:
         if self._leads:
             self._write_group(split, complete=True)
 
-    def finish(self) -> None:
-        """Mark the store complete, and give it its name."""
+    def finish(self, **attributes: Any) -> None:
+        """Mark the store complete, with attributes that are known at the end only, and give it its name."""
         if not self._leads:
             return
+        self._attributes |= attributes
         self._write_root(complete=True)
         if self._final.is_local:
             self._files.rename_to(self._final)
@@ -269,20 +276,27 @@ class SplitWriter:
         )
 
 
-def blocks_of(rows: Iterable[SequenceBlock], size: int) -> Iterator[SequenceBlock]:
-    """Join single rows into blocks of up to `size`."""
+def blocks_of(blocks: Iterable[SequenceBlock], size: int) -> Iterator[SequenceBlock]:
+    """The rows of blocks of any size in blocks of exactly `size`, but for the last."""
     held: list[SequenceBlock] = []
-    for row in rows:
-        held.append(row)
-        if len(held) == size:
-            yield _join(held)
-            held = []
-    if held:
-        yield _join(held)
+    rows = 0
+    for block in blocks:
+        held.append(block)
+        rows += len(block)
+        if rows >= size:
+            joined = joined_blocks(held)
+            whole = rows - rows % size
+            yield from (joined[start : start + size] for start in range(0, whole, size))
+            held, rows = [joined[whole:]], rows - whole
+    if rows:
+        yield joined_blocks(held)
 
 
-def _join(blocks: Sequence[SequenceBlock]) -> SequenceBlock:
-    fields = [field.name for field in dataclasses.fields(SequenceBlock)]
+def joined_blocks(blocks: Sequence[SequenceBlock]) -> SequenceBlock:
+    """One block with the rows of all."""
     return SequenceBlock(
-        **{name: np.concatenate([getattr(block, name) for block in blocks]) for name in fields}
+        **{name: np.concatenate([getattr(block, name) for block in blocks]) for name in _FIELDS}
     )
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(SequenceBlock))

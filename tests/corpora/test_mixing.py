@@ -9,7 +9,7 @@ import pytest
 from jaxplain.corpora.hashing import split_of, text_hash
 from jaxplain.corpora.windows import windows_of_split
 from tests import tiny
-from tests.corpora.makers import config, source, windows
+from tests.corpora.makers import config, rows_of, source, windows
 
 
 def texts(count, seed):
@@ -38,7 +38,7 @@ def test_continue_reads_every_source_to_its_end_in_ratio(tokenizer):
     sizes, weights = (20, 60, 200), (2.0, 1.0, 1.0)
     sources = [source(texts(n, i), f"s{i}", w) for i, (n, w) in enumerate(zip(sizes, weights, strict=True))]
     mixed = windows_of_split(sources, config(windows="head", when_exhausted="continue"), "train", tokenizer)
-    numbers = [w.corpus for w in mixed]
+    numbers = [w.corpus for w in rows_of(mixed)]
     assert collections.Counter(numbers) == dict(enumerate(sizes))
     ends = [len(numbers) - numbers[::-1].index(i) for i in range(3)]
     assert ends == sorted(ends)
@@ -51,7 +51,7 @@ def test_continue_reads_every_source_to_its_end_in_ratio(tokenizer):
 def test_stop_ends_with_the_first_source(tokenizer):
     sources = [source(texts(n, i), f"s{i}") for i, n in enumerate((20, 200))]
     mixed = windows_of_split(sources, config(windows="head"), "train", tokenizer)
-    numbers = [w.corpus for w in mixed]
+    numbers = [w.corpus for w in rows_of(mixed)]
     assert collections.Counter(numbers) == {0: 20, 1: 20}
     assert mixed.exhausted == {0}
 
@@ -72,13 +72,13 @@ def test_deduplicate_drops_exact_repetitions_and_counts_them(tokenizer):
         "train",
         tokenizer,
     )
-    found = list(mixed)
+    found = list(rows_of(mixed))
     assert len(found) == 40
     assert len({w.tokens_T.tobytes() for w in found}) == 40
     assert mixed.repeated == 16
     everything = windows(sources, config(windows="head", when_exhausted="continue"), tokenizer)
     assert len(everything) == 56
-    assert [len(list(mixed)), mixed.repeated] == [40, 16], "the same once more"
+    assert [len(list(rows_of(mixed))), mixed.repeated] == [40, 16], "the same once more"
 
 
 def test_ratio_is_of_the_windows_that_are_left(tokenizer):
@@ -102,7 +102,8 @@ def test_state_resumes_across_an_end_and_repetitions(tokenizer, fields):
     short = texts(6, 0)
     sources = [source(short * 2, "a"), source(texts(40, 1), "b")]
     made = windows_of_split(sources, config(windows="head", **fields), "train", tokenizer)
-    whole = [w.tokens_T.tolist() for w in made]
+    whole = [w.tokens_T.tolist() for w in rows_of(made)]
+    made.size = 1
     for taken in (3, 10, len(whole) - 1):
         iterator = iter(made)
         for _ in range(taken):
@@ -110,7 +111,7 @@ def test_state_resumes_across_an_end_and_repetitions(tokenizer, fields):
         state = iterator.get_state()
         resumed = iter(made)
         resumed.set_state(state)
-        assert [w.tokens_T.tolist() for w in resumed] == whole[taken:]
+        assert [w.tokens_T.tolist() for w in rows_of(resumed)] == whole[taken:]
 
 
 def test_a_repeated_document_lands_in_one_split_only(tokenizer):

@@ -13,6 +13,7 @@ from jaxplain.corpora.presets import preset, presets, resolve
 from jaxplain.corpora.sources import open_source
 from jaxplain.errors import JaxplainError
 from jaxplain.fetch import main as fetch
+from tests.corpora.makers import documents
 
 FILES = preset("valueeval").files
 HUB = {
@@ -67,7 +68,7 @@ def test_a_preset_gives_way_where_its_user_says_otherwise():
 def test_valueeval_reads_the_premises_of_all_five_files(valueeval, tokenizer):
     assert len(FILES) == 5
     opened = open_source(SourceConfig(preset="valueeval"), tokenizer, valueeval_dir=str(valueeval))
-    found = [document.text for document in opened.documents(tokenizer, seed=0)]
+    found = [document.text for document in documents(opened, tokenizer)]
     assert sorted(found) == sorted(f'so says "{file}"' for file in FILES)
     assert opened.name == "valueeval"
 
