@@ -130,7 +130,7 @@ class Checkpoints:
             if not any_process(found is None):
                 assert found is not None
                 state, about = found
-                sums, kept = _bit_sums(state), about.pop(_SUMS)
+                sums, kept = _bit_sums(state), about.pop(_SUMS, {})
                 wrong = [name for name in sums if sums[name] != kept.get(name)]
                 if not wrong:
                     for torn in damaged:
