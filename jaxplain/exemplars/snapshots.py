@@ -60,7 +60,7 @@ def _snapshot(reduction: LayerReduction, column_N: Array | None, *, kept: int, m
         return TopK(*ranks, activation_FRT=x.activation_FRT[:kept])
 
     sums = reduction.token_sums
-    return LayerReduction(
+    kept_of_all = LayerReduction(
         tops={kind: top(x) for kind, x in reduction.tops.items()},
         draws={str(count): top(x) for count, x in reduction.draws.items()},  # type: ignore[misc]
         sample_MF=_some(merge_sample(reduction.sample_MF, mesh=mesh)[:, :kept]),
@@ -73,6 +73,8 @@ def _snapshot(reduction: LayerReduction, column_N: Array | None, *, kept: int, m
             carry_VC=sums.carry_VC[:, :, column_N],
         ),
     )
+    # What passes through unchanged would share the buffers that the next step overwrites.
+    return jax.tree.map(jnp.copy, kept_of_all)
 
 
 def _some(x: Any) -> Any:

@@ -205,3 +205,16 @@ def test_moments_of_another_number_of_shards(before, after):
     assert_statistics_equal_oracle(merge_moments(found), acts[0], acts[1])
     if before == after:
         assert found is moments
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4)])
+def test_a_snapshot_outlives_the_state_that_it_was_taken_of(shape):
+    """Steps overwrite the state's own buffers, while the snapshot is still being written."""
+    mesh = make_mesh(*shape)
+    reduction = fold(empty(mesh), draw(9, 16, TOKENS, NEURONS), mesh, 0, 16)
+    found = snapshot({0: reduction}, kept={0: NEURONS}, summed={0: summed(mesh)}, mesh=mesh)
+    before = [np.array(array) for array in jax.tree.leaves(found)]
+    for array in jax.tree.leaves(reduction):
+        array.delete()
+    for array, values in zip(jax.tree.leaves(found), before, strict=True):
+        np.testing.assert_array_equal(np.asarray(array), values)
