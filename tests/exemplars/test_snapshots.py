@@ -94,8 +94,18 @@ def answers(reduction, mesh, chosen=CHOSEN):
     }
 
 
-@pytest.mark.parametrize("after", MESHES)
-@pytest.mark.parametrize("before", MESHES)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((1, 1), (8, 1)),
+        ((8, 1), (1, 1)),
+        ((8, 1), (2, 4)),
+        ((2, 4), (4, 2)),
+        ((4, 2), (2, 4)),
+        ((1, 8), (8, 1)),
+        ((4, 2), (1, 8)),
+    ],
+)
 def test_any_mesh_goes_on_from_any_other(before, after):
     before, after = make_mesh(*before), make_mesh(*after)
     # With two levels nearly every priority is a tie, which the lower sequence id must win.
