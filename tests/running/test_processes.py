@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -53,7 +54,14 @@ def ended(started):
     finally:
         for process in started:
             process.kill()
-    return [process.returncode for process in started], *map(list, zip(*told, strict=True))
+    said = ([_own_words(text) for text in texts] for texts in zip(*told, strict=True))
+    return [process.returncode for process in started], *said
+
+
+def _own_words(text):
+    """What jaxplain said, without the lines that jax's libraries log."""
+    logged = re.compile(r"\[Gloo\]|[IWE]\d{4} \d\d:|[IWE]\d{4} \d+")
+    return "".join(line for line in text.splitlines(keepends=True) if not logged.match(line))
 
 
 def finish(config, output, *arguments, **processes):
