@@ -84,12 +84,13 @@ class Checkpoints:
         self.wait()
         if step in self.steps:
             return
+        arrays = _named(state)
         with self._failing():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),  # pyright: ignore[reportCallIssue]
-                    about=ocp.args.JsonSave({**about, _SUMS: _bit_sums(state)}),  # pyright: ignore[reportCallIssue]
+                    state=ocp.args.StandardSave(arrays),  # pyright: ignore[reportCallIssue]
+                    about=ocp.args.JsonSave({**about, _SUMS: _bit_sums(arrays)}),  # pyright: ignore[reportCallIssue]
                 ),
                 force=True,
             )
@@ -130,7 +131,7 @@ class Checkpoints:
             if not any_process(found is None):
                 assert found is not None
                 state, about = found
-                sums, kept = _bit_sums(state), about.pop(_SUMS, {})
+                sums, kept = _bit_sums(_named(state)), about.pop(_SUMS, {})
                 wrong = [name for name in sums if sums[name] != kept.get(name)]
                 if not wrong:
                     for torn in damaged:
@@ -159,16 +160,20 @@ class Checkpoints:
                 args=ocp.args.Composite(about=ocp.args.JsonRestore()),  # pyright: ignore[reportCallIssue]
             )
             about = dict(beside["about"])  # pyright: ignore[reportCallIssue, reportArgumentType]
-            shapes = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like(about)
-            )
+            wanted = like(about)
+            shapes = {
+                name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+                for name, x in _named(wanted).items()
+            }
             found = manager.restore(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardRestore(shapes)  # pyright: ignore[reportCallIssue]
                 ),
             )
-        return found["state"], about  # pyright: ignore[reportCallIssue, reportReturnType]
+        arrays = found["state"]  # pyright: ignore[reportCallIssue]
+        leaves = [arrays[name] for name in shapes]
+        return jax.tree.unflatten(jax.tree.structure(wanted), leaves), about
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
@@ -185,18 +190,26 @@ class Checkpoints:
             ) from error
 
 
-def _bit_sums(state: Any) -> dict[str, int]:
-    """Every array's bits, summed as unsigned numbers modulo 2**32, by the array's place in the tree."""
-    sums = jax.tree_util.tree_leaves_with_path(_summed(state))
-    return {jax.tree_util.keystr(path): int(np.asarray(value)) for path, value in sums}
+def _named(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree, in order, by names such as `0.tops.max.priority_RG`."""
+
+    def name(path: tuple[Any, ...]) -> str:
+        return jax.tree_util.keystr(path, simple=True, separator=".")
+
+    return {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _bit_sums(arrays: dict[str, Any]) -> dict[str, int]:
+    """Every array's bits, summed as unsigned numbers modulo 2**32."""
+    return {name: int(np.asarray(value)) for name, value in _summed(arrays).items()}
 
 
 @jax.jit
-def _summed(state: Any) -> Any:
+def _summed(arrays: dict[str, Any]) -> dict[str, Any]:
     def total(x: jax.Array) -> jax.Array:
         if x.dtype == jnp.bool_:
             x = x.astype(jnp.uint8)
         bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}"))
         return bits.sum(dtype=jnp.uint32)
 
-    return jax.tree.map(total, state)
+    return {name: total(x) for name, x in arrays.items()}
