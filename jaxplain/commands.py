@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import PositiveInt
 
-from jaxplain.errors import JaxplainError
+from jaxplain.errors import JaxplainError, Stopped
 
 Config = TypeVar("Config")
 
 EXIT_ERROR = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL: the same command goes on
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
@@ -29,10 +30,10 @@ _FLAGS: set[str] = set()
 _UNKNOWN_KEY = re.compile(r"(?:does not accept option|Option|unrecognized arguments:) '?(?:--)?([\w.]+)")
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Run a command's main function and exit: errors end in one sentence and status 2.
+def run(main: Callable[[Sequence[str]], None], *, leave: Callable[[int], object] = sys.exit) -> None:
+    """Run a command's main function and exit: errors end in one sentence and status 2, SIGTERM in status 75.
 
-    `--traceback` shows where an error came from.
+    `--traceback` shows where an error came from. `leave` ends the process with the status of an error.
     """
     arguments = [argument for argument in sys.argv[1:] if argument != TRACEBACK]
     try:
@@ -40,8 +41,13 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     except JaxplainError as error:
         if TRACEBACK in sys.argv[1:]:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_ERROR)
+        if str(error):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        leave(EXIT_ERROR)
+    except Stopped as stopped:
+        if str(stopped):
+            print(stopped, file=sys.stderr, flush=True)
+        os._exit(EXIT_STOPPED)
     except BrokenPipeError:
         # Whoever read the output, such as head, has seen enough; Python must not write at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,10 +1,18 @@
-"""The one exception type that a user is meant to read, and what it quotes of others."""
+"""The exceptions that end a command, and what they quote of others."""
 
 
 class JaxplainError(Exception):
     """Something the user can put right: one sentence that names the thing, its value, and what to do.
 
-    Commands print the sentence and exit with status 2, without a traceback.
+    Commands print the sentence and exit with status 2, without a traceback. It is empty where another
+    process of the run says it.
+    """
+
+
+class Stopped(BaseException):
+    """SIGTERM came, and what the run needs to go on is saved: one sentence that says so.
+
+    Not an Exception, so that nothing takes it for an error of its own.
     """
 
 

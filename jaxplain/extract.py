@@ -1,32 +1,50 @@
 """python -m jaxplain.extract: find the exemplars of every neuron of a model, in one pass over a corpus."""
 
 import dataclasses
+import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+import jaxlib
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 
 import jaxplain
 from jaxplain.commands import add_count, add_flag, config_parser, parse_config, run
+from jaxplain.configs.distributed import DistributedConfig
 from jaxplain.configs.extraction import CorpusConfig, ExtractConfig, recorded
 from jaxplain.corpora.sources import Source, open_source
 from jaxplain.corpora.tokens import TokenTable, write_token_table
 from jaxplain.corpora.windows import prefix_of, reading, sequences_to_cut, windows_of_split
 from jaxplain.corpora.workers import Work, open_workers, worker_count
+from jaxplain.distributed import join
 from jaxplain.errors import JaxplainError
 from jaxplain.exemplars.extraction import Extraction
-from jaxplain.exemplars.selection import select_neurons
+from jaxplain.exemplars.selection import Selection, select_neurons
 from jaxplain.exemplars.step import make_step
 from jaxplain.exemplars.token_sums import choose_neurons
 from jaxplain.mesh import make_mesh
+from jaxplain.processes import (
+    exchange,
+    first_works,
+    leads,
+    leave,
+    leave_on_errors,
+    one_job,
+    require_agreement,
+    together,
+)
 from jaxplain.progress import progress_bars
+from jaxplain.resuming import require_same
+from jaxplain.stopping import StopRequest
 from jaxplain.store.files import Files
 from jaxplain.store.schema import STORE_NAME
-from jaxplain.store.writer import StoreWriter, blocks_of
+from jaxplain.store.writer import StoreWriter, blocks_of, unfinished_store
 from jaxplain.subjects.architecture import Architecture
 from jaxplain.subjects.decoder import Decoder
 from jaxplain.subjects.parity import differences, require_parity, require_torch, table_of, torch_reference
@@ -40,8 +58,14 @@ def main(arguments: Sequence[str]) -> None:
     parser = config_parser(ExtractConfig, prog="python -m jaxplain.extract")
     add_flag(parser, "--overwrite", "Replace the store that the output folder holds, at the end.")
     add_count(parser, "--check-parity", "Before the run, compare N sequences with torch, layer by layer.")
+    parser.add_class_arguments(DistributedConfig, as_group=False)
     config, options = parse_config(parser, ExtractConfig, arguments)
-    extract(config, overwrite=options.overwrite, check_parity=options.check_parity)
+    fields = (field.name for field in dataclasses.fields(DistributedConfig))
+    join(DistributedConfig(**{name: options[name] for name in fields}))
+    with one_job():
+        extract(config, overwrite=options.overwrite, check_parity=options.check_parity)
+    if not leads():
+        return
     shown = print_sample(jaxplain.open_store(config.output), Console())
     side = "min" if "min" in config.exemplars.kinds else config.exemplars.kinds[0]
     print(f"The store is {_join(config.output, STORE_NAME)}. Look at any neuron, from any side:")
@@ -55,15 +79,63 @@ def main(arguments: Sequence[str]) -> None:
 def extract(config: ExtractConfig, *, overwrite: bool = False, check_parity: int | None = None) -> None:
     """Run an extraction, after comparing `check_parity` of its sequences with torch.
 
-    A store that is to be replaced stays until the new one is complete (on local disks).
+    One that was interrupted goes on, unless it is to overwrite what is there. A store that is to be
+    replaced stays until the new one is complete (on local disks).
 
-    Raises JaxplainError for anything in the config that does not fit the subject, corpus or devices.
+    Raises JaxplainError for anything in the config that does not fit the subject, corpus or devices, or the
+    store in the making, and Stopped where SIGTERM has come.
     """
-    if check_parity:
-        require_torch()
+    leave_on_errors()
     path = _join(config.output, STORE_NAME)
-    if not overwrite and not Files(path).is_empty():
-        raise JaxplainError(f"{path} exists already; choose another output, or replace it with --overwrite.")
+    with StopRequest() as stop:
+        with together():
+            _require_able_to_check(check_parity)
+            exists = not Files(path).is_empty()
+            unfinished = None if overwrite else unfinished_store(path)
+            if exists and unfinished is None and not overwrite:
+                raise JaxplainError(
+                    f"{path} exists already; choose another output, or replace it with --overwrite."
+                )
+            subject, sources, selection, mesh = _prepare(config)
+            tabled = choose_neurons(config.statistics.tokens.neurons, selection, seed=config.corpus.seed)
+            excluded = _excluded_tokens(config.corpus, subject)
+            attributes = _attributes(config, subject, sources)
+            if unfinished is not None:
+                require_same(_decisive(unfinished), _decisive(attributes), config.output)
+        require_agreement(_decisive(attributes) | {"run": recorded(config.run)} | _versions())
+        sequences = sequences_to_cut(sources, config.corpus, splits=len(config.exemplars.splits))
+        workers = worker_count(config.run.input_workers, sequences=sequences) if leads() else 0
+        # They start while the weights load.
+        with open_workers(workers, reading(sources, subject.tokenizer)) as work:
+            model = subject.load(mesh, depth=selection.depth, over_data=config.run.shard_weights)
+            if check_parity:
+                _check_parity(subject, model, _first_sequences(sources, config, subject, check_parity))
+            step, weights = make_step(
+                model,
+                mesh,
+                active_above=config.statistics.active_above,
+                gather=config.run.shard_weights,
+            )
+            extraction = Extraction(
+                config=config,
+                mesh=mesh,
+                selection=selection,
+                step=step,
+                weights=weights,
+                excluded=excluded,
+                vocabulary=subject.arch.vocabulary,
+                tabled=tabled,
+            )
+            writer = _open_writer(path, attributes, unfinished, config, overwrite=overwrite)
+            writer.write_vocabulary(token_bytes(subject.tokenizer, subject.arch.vocabulary))
+            seconds = _extract_splits(extraction, writer, sources, subject, work, stop)
+    writer.finish(seconds=seconds)
+    if leads() and (kept := _checkpoint_folder(config)):
+        Files(kept).delete_all()
+
+
+def _prepare(config: ExtractConfig) -> tuple[Subject, list[Source], Selection, Mesh]:
+    """What a run needs besides weights; anything that the config has wrong is found here."""
     subject = open_subject(config.subject)
     if config.corpus.sequence_length > subject.arch.max_positions:
         raise JaxplainError(
@@ -71,7 +143,6 @@ def extract(config: ExtractConfig, *, overwrite: bool = False, check_parity: int
             f"most {subject.arch.max_positions} tokens."
         )
     selection = select_neurons(config.neurons, subject.arch)
-    tabled = choose_neurons(config.statistics.tokens.neurons, selection, seed=config.corpus.seed)
     mesh = make_mesh(
         config.run.mesh,
         batch_size=config.run.batch_size,
@@ -83,57 +154,97 @@ def extract(config: ExtractConfig, *, overwrite: bool = False, check_parity: int
     ]
     for source in sources:
         prefix_of(source, config.corpus, subject.tokenizer)  # what it raises, it had better raise at once
-    sequences = sequences_to_cut(sources, config.corpus, splits=len(config.exemplars.splits))
-    workers = worker_count(config.run.input_workers, sequences=sequences)
-    # They start while the weights load.
-    with open_workers(workers, reading(sources, subject.tokenizer)) as work:
-        model = subject.load(mesh, depth=selection.depth)
-        if check_parity:
-            _check_parity(subject, model, _first_sequences(sources, config, subject, check_parity))
-        step, weights = make_step(model, mesh, active_above=config.statistics.active_above)
-        extraction = Extraction(
-            config=config,
-            mesh=mesh,
-            selection=selection,
-            step=step,
-            weights=weights,
-            excluded=_excluded_tokens(config.corpus, subject),
-            vocabulary=subject.arch.vocabulary,
-            tabled=tabled,
-        )
-        writer = StoreWriter(path, _attributes(config, subject, sources))
-        writer.write_vocabulary(token_bytes(subject.tokenizer, subject.arch.vocabulary))
-        _extract_splits(extraction, writer, sources, subject, work)
+    return subject, sources, selection, mesh
+
+
+def _open_writer(
+    path: str,
+    attributes: dict[str, Any],
+    unfinished: Mapping[str, Any] | None,
+    config: ExtractConfig,
+    *,
+    overwrite: bool,
+) -> StoreWriter:
+    """The store that this run goes on with, or one that it begins."""
+    kept = _checkpoint_folder(config)
+
+    def open_it() -> StoreWriter:
+        if unfinished is not None:
+            return StoreWriter(path, attributes, begun=unfinished.get("begun", ""))
+        if kept is not None and not Files(kept).is_empty():
+            if not overwrite:
+                raise JaxplainError(
+                    f"the checkpoints in {kept} are of a store that is not at {path}; "
+                    "name another run.checkpoint_folder, or start anew with --overwrite."
+                )
+            Files(kept).delete_all()
+        return StoreWriter(path, attributes)
+
+    with together():
+        writer = open_it() if leads() else None
+    with together():
+        return writer or StoreWriter(path, attributes, leads=False)
 
 
 def _extract_splits(
-    extraction: Extraction, writer: StoreWriter, sources: Sequence[Source], subject: Subject, work: Work
-) -> None:
+    extraction: Extraction,
+    writer: StoreWriter,
+    sources: Sequence[Source],
+    subject: Subject,
+    work: Work,
+    stop: StopRequest,
+) -> dict[str, dict[str, float]]:
+    """Cut and read each split, but for those that are complete; how many seconds this took."""
     config = extraction.config
-    progress = progress_bars(enabled=config.run.progress and jax.process_index() == 0)
+    kept = _checkpoint_folder(config)
+    progress = progress_bars(enabled=config.run.progress and leads())
+    if kept is None and leads():
+        print("no checkpoints are saved, since run.checkpoint_folder names no folder for them")
     seconds = {}
     for split in config.exemplars.splits:
-        table = write_token_table(
-            writer,
-            sources,
-            config.corpus,
-            split,
-            subject.tokenizer,
-            progress,
-            vocabulary=subject.arch.vocabulary,
-            work=work,
-        )
-        if jax.process_index() == 0:
-            _report(split, table, config.corpus)
-        clock = extraction.run_split(writer, split, progress)
-        seconds[split] = {"cut": table.seconds, "read": clock.total, "waited_for_input": clock.waited}
-        if jax.process_index() == 0:
-            print(
-                f"{split}: {table.rows:,} sequences cut in {table.seconds:.1f} s and read in "
-                f"{clock.total:.1f} s, of which the devices waited {clock.waited:.1f} s "
-                f"({clock.waited / clock.total:.1%}) for input"
+        # The first process looks: the others may not see yet what it wrote.
+        complete, has_sequences = exchange([writer.has_split(split), writer.has_sequences(split)])[0]
+        if complete:
+            continue
+        table = None
+        if not has_sequences:
+            table = first_works(
+                lambda split=split: write_token_table(
+                    writer,
+                    sources,
+                    config.corpus,
+                    split,
+                    subject.tokenizer,
+                    progress,
+                    vocabulary=subject.arch.vocabulary,
+                    work=work,
+                ),
+                stop,
+                f"stopped by SIGTERM: the same command cuts the sequences of {split} again.",
             )
-    writer.finish(seconds=seconds)
+            if table is not None:
+                _report(split, table, config.corpus)
+        folder = None if kept is None else f"{kept}/{split}"
+        clock = extraction.run_split(writer, split, progress, folder=folder, stop=stop)
+        seconds[split] = {"read": clock.total, "waited_for_input": clock.waited}
+        if leads():
+            cut = f"{table.rows:,} sequences cut in {table.seconds:.1f} s and " if table is not None else ""
+            waited = clock.waited / clock.total if clock.total else 0.0
+            print(
+                f"{split}: {cut}read in {clock.total:.1f} s, of which the devices waited "
+                f"{clock.waited:.1f} s ({waited:.1%}) for input"
+            )
+        if table is not None:
+            seconds[split]["cut"] = table.seconds
+        if folder is not None and leads():
+            Files(folder).delete_all()
+    return seconds
+
+
+def _checkpoint_folder(config: ExtractConfig) -> str | None:
+    """Where checkpoints go; None where nowhere."""
+    folder = config.run.checkpoint_folder or (None if "://" in config.output else config.output)
+    return None if folder is None else _join(folder, f"{STORE_NAME}.checkpoints")
 
 
 def _first_sequences(
@@ -147,9 +258,15 @@ def _first_sequences(
     return block.token_NT
 
 
-def _check_parity(subject: Subject, model: Decoder, tokens_NT: np.ndarray) -> None:
+def _require_able_to_check(check_parity: int | None) -> None:
+    if not check_parity:
+        return
     if jax.process_count() > 1:
         raise JaxplainError("--check-parity is for a run of one process; check once, and leave it out here.")
+    require_torch()
+
+
+def _check_parity(subject: Subject, model: Decoder, tokens_NT: np.ndarray) -> None:
     if not len(tokens_NT):
         return
     found = differences(model, torch_reference(subject, layers=len(model.layers)), tokens_NT)
@@ -194,6 +311,19 @@ def _excluded_tokens(config: CorpusConfig, subject: Subject) -> frozenset[int]:
     return frozenset(config.exclude.tokens) | frozenset(special if config.exclude.special else [])
 
 
+def _decisive(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a store's attributes those that decide what is in it, as they are read back."""
+    names = ("config", "subject", "tokenizer_hash", "corpora", "jaxplain_version")
+    found = json.loads(json.dumps({name: attributes[name] for name in names}))
+    for name in ("run", "output"):
+        found["config"].pop(name)
+    return found
+
+
+def _versions() -> dict[str, str]:
+    return {"jax version": jax.__version__, "jaxlib version": jaxlib.__version__}
+
+
 def _attributes(config: ExtractConfig, subject: Subject, sources: Sequence[Source]) -> dict[str, object]:
     return {
         "config": recorded(config),
@@ -214,4 +344,4 @@ def _join(folder: str, name: str) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, leave=leave)

@@ -24,7 +24,8 @@ class Bar(tqdm):
         """What the bar's format may name."""
         values = super().format_dict
         values["bar_format"] = _KNOWN if values["total"] and values["n"] <= values["total"] else _UNKNOWN
-        per_minute = 60 * values["n"] / values["elapsed"] if values["elapsed"] else 0.0
+        here = values["n"] - values["initial"]
+        per_minute = 60 * here / values["elapsed"] if values["elapsed"] else 0.0
         return {**values, "per_minute": f"{per_minute:,.0f} {values['unit']}/min"}
 
     def over(self, items: Iterable[Item]) -> Iterator[Item]:

@@ -262,7 +262,15 @@ def test_later_fields_are_recorded_only_where_they_are_set():
     assert corpus["sources"][0]["streaming"] is False
     everything = dataclasses.asdict(old)
     del everything["corpus"], everything["exemplars"]["strata"], everything["statistics"]["tokens"]
-    del everything["exemplars"]["samples_per_quantile"], everything["run"]["input_workers"]
+    del everything["exemplars"]["samples_per_quantile"]
+    for name in (
+        "input_workers",
+        "shard_weights",
+        "checkpoint_minutes",
+        "checkpoint_steps",
+        "checkpoint_folder",
+    ):
+        del everything["run"][name]
     del everything["subject"]["tokenizer"], everything["neurons"]["experts"]
     assert {name: value for name, value in recorded(old).items() if name != "corpus"} == everything
 

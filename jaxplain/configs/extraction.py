@@ -408,6 +408,13 @@ class RunConfig:
     Args:
         batch_size: Sequences per step, over all devices.
         mesh: How devices are arranged.
+        shard_weights: Spread the weights over `mesh.data` too, and gather each layer's when it is used. For
+            models that `mesh.model` alone does not make small enough; it costs communication in every step.
+        checkpoint_minutes: Save what is found so far after so many minutes, to go on from after an
+            interruption; 0 is never.
+        checkpoint_steps: Save it after so many steps; 0 leaves it to the minutes. SIGTERM saves it anyway.
+        checkpoint_folder: Where to, a folder that all processes share; by default beside the store where
+            that is on a local disk, and otherwise nowhere.
         input_workers: Processes that tokenise the corpus and cut it into sequences, which are the same for
             any number of them; 0 does it in the run's own process. By default one per core, 8 at most, for
             20,000 sequences or more (or documents, where all are read; or a stream of them), otherwise 0.
@@ -416,6 +423,10 @@ class RunConfig:
 
     batch_size: int = 32
     mesh: MeshConfig = MeshConfig()
+    shard_weights: bool = dataclasses.field(default=False, metadata=_LATER)
+    checkpoint_minutes: float = dataclasses.field(default=10.0, metadata=_LATER)
+    checkpoint_steps: int = dataclasses.field(default=0, metadata=_LATER)
+    checkpoint_folder: str | None = dataclasses.field(default=None, metadata=_LATER)
     input_workers: int | None = dataclasses.field(default=None, metadata=_LATER)
     progress: bool = True
 
@@ -425,6 +436,15 @@ class RunConfig:
             "run.batch_size",
             self.batch_size,
             "give a positive number of sequences",
+        )
+        for field in ("checkpoint_minutes", "checkpoint_steps"):
+            value = getattr(self, field)
+            require(math.isfinite(value) and value >= 0, f"run.{field}", value, "give 0 or more")
+        require(
+            self.checkpoint_folder is None or bool(self.checkpoint_folder.strip()),
+            "run.checkpoint_folder",
+            self.checkpoint_folder,
+            "name a folder, or leave it out",
         )
         require(
             self.input_workers is None or self.input_workers >= 0,

@@ -84,8 +84,9 @@ def write_token_table(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenBatch:
-    """Consecutive rows of a token table, padded to the batch size with rows of -1.
+    """Consecutive rows of a token table, padded to the batch size with rows of -1, or a part of such a batch.
 
+    `rows` counts the rows of the whole batch that are no padding, `first` is the number of its first row.
     `before_B` counts the tokens before each row's text (BOS, or the chat prefix); `sequence_B` are the row
     numbers, and `lottery_B` each row's number in the draw for random exemplars.
     """
@@ -95,25 +96,37 @@ class TokenBatch:
     sequence_B: Int[np.ndarray, "B"]
     lottery_B: Float[np.ndarray, "B"]
     rows: int
+    first: int
 
 
-def token_batches(table: dict[str, ts.TensorStore], *, batch_size: int, seed: int) -> Iterator[TokenBatch]:
-    """All rows in order, read ahead by Grain."""
+def token_batches(
+    table: dict[str, ts.TensorStore],
+    *,
+    batch_size: int,
+    seed: int,
+    first: int = 0,
+    part: slice | None = None,
+) -> Iterator[TokenBatch]:
+    """All rows in order, from number `first` on, read ahead by Grain; of each batch a `part`, if given."""
     rows = table["token"].shape[0]
+    skipped, size, _ = slice(None).indices(batch_size) if part is None else part.indices(batch_size)
+    size -= skipped
 
-    def read(start: int) -> TokenBatch:
-        stop = min(start + batch_size, rows)
-        padding = [(0, batch_size - (stop - start))]
+    def read(batch: int) -> TokenBatch:
+        start = min(batch + skipped, rows)
+        stop = min(start + size, rows)
+        padding = [(0, size - (stop - start))]
         read_rows = [table[name][start:stop].read() for name in ("token", "document", "start", "length")]
         tokens_NT, document_N, start_N, length_N = (np.asarray(future.result()) for future in read_rows)
         return TokenBatch(
             tokens_BT=np.pad(tokens_NT, [*padding, (0, 0)], constant_values=PADDING),
             before_B=np.pad((tokens_NT != PADDING).sum(1) - length_N, padding).astype(np.int32),
             # Padding rows take the numbers that follow; they have no token that counts.
-            sequence_B=np.arange(start, start + batch_size, dtype=np.int32),
+            sequence_B=np.arange(batch + skipped, batch + skipped + size, dtype=np.int32),
             lottery_B=np.pad(lottery(seed, document_N, start_N), padding),
-            rows=stop - start,
+            rows=min(batch + batch_size, rows) - batch,
+            first=batch,
         )
 
-    batches = grain.MapDataset.range(0, rows, batch_size).map(read)
+    batches = grain.MapDataset.range(first, rows, batch_size).map(read)
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))

@@ -16,17 +16,25 @@ from jaxplain.configs.extraction import ExtractConfig, StatisticsConfig
 from jaxplain.corpora.cutting import PADDING
 from jaxplain.corpora.tokens import TokenBatch, token_batches
 from jaxplain.errors import JaxplainError
+from jaxplain.exemplars.checkpointing import SplitCheckpoints
 from jaxplain.exemplars.clock import InputClock
 from jaxplain.exemplars.draws import Draws, TableBlock, draw
 from jaxplain.exemplars.merging import Ranked, merge_partials, merge_top
 from jaxplain.exemplars.moments import merge_moments
-from jaxplain.exemplars.reduction import KINDS, LayerReduction, Rows, empty_reduction
+from jaxplain.exemplars.reduction import KINDS, Rows, empty_reduction
 from jaxplain.exemplars.selection import Selection
 from jaxplain.exemplars.step import Reductions, Step
 from jaxplain.exemplars.strata import RankedSequences, Stratum, choose, kept_of_draws, plan_strata
 from jaxplain.exemplars.token_sample import merge_sample
-from jaxplain.exemplars.token_sums import merge_token_sums, spread_over_shards, strongest_tokens
+from jaxplain.exemplars.token_sums import (
+    TokenSums,
+    merge_token_sums,
+    spread_over_shards,
+    strongest_tokens,
+)
+from jaxplain.processes import gathered, leads, require_agreement, wait_for_others
 from jaxplain.progress import Progress
+from jaxplain.stopping import StopRequest
 from jaxplain.store.quantiles import Tail, lower_tail, quantiles, upper_tail
 from jaxplain.store.writer import SplitWriter, StoreWriter
 
@@ -51,11 +59,19 @@ class Extraction:
     vocabulary: int
     tabled: dict[int, Int[np.ndarray, "N"]]
 
-    def run_split(self, writer: StoreWriter, split: str, progress: Progress) -> InputClock:
-        """Extract a split whose token table is written already; how long reading it took."""
+    def run_split(
+        self, writer: StoreWriter, split: str, progress: Progress, *, folder: str | None, stop: StopRequest
+    ) -> InputClock:
+        """Extract a split whose token table is written already; how long reading it took.
+
+        `folder` is for its checkpoints, if any.
+
+        Raises Stopped where `stop` is requested.
+        """
         config = self.config
         table = writer.read_sequences(split)
         rows, tokens = table["token"].shape
+        require_agreement({f"the number of sequences of {split}": rows})
         if rows * tokens // self.mesh.shape["data"] >= 2**32:
             raise JaxplainError(
                 f"split {split!r} has {rows * tokens:.1e} tokens, more than the 4.3e9 per data shard "
@@ -63,11 +79,31 @@ class Extraction:
             )
         drawn = self._draw(table)
         strata = self._strata(drawn.rows)
-        batches = token_batches(table, batch_size=config.run.batch_size, seed=config.corpus.seed)
+        checkpoints = SplitCheckpoints(
+            folder,
+            split=split,
+            begun=writer.begun,
+            run=config.run,
+            kept={layer: len(indices) for layer, indices in self.selection.indices.items()},
+            summed={layer: self._summed(layer) for layer in self.tabled},
+            mesh=self.mesh,
+            stop=stop,
+        )
         clock = InputClock()
         try:
-            with progress(total=rows, desc=f"{split}: read", unit="sequences") as bar, clock:
-                reductions = self._reduce(batches, drawn, strata, bar.update, clock)
+            with checkpoints:
+                first, reductions = self._start(checkpoints, drawn, strata, rows=rows)
+                batches = token_batches(
+                    table,
+                    batch_size=config.run.batch_size,
+                    seed=config.corpus.seed,
+                    first=first,
+                    part=self._rows_held(),
+                )
+                bar = progress(total=rows, initial=first, desc=f"{split}: read", unit="sequences")
+                with bar, clock:
+                    reductions = self._reduce(reductions, batches, drawn, bar.update, checkpoints, clock)
+                self._write_split(writer, split, reductions, drawn, strata, progress, checkpoints)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -77,6 +113,19 @@ class Extraction:
                 f"{sum(map(len, self.selection.indices.values()))} neurons; lower one of them, choose "
                 "fewer neurons, or use more devices."
             ) from error
+        return clock
+
+    def _write_split(
+        self,
+        writer: StoreWriter,
+        split: str,
+        reductions: Reductions,
+        drawn: Draws,
+        strata: Sequence[Stratum],
+        progress: Progress,
+        checkpoints: SplitCheckpoints,
+    ) -> None:
+        config = self.config
         out = writer.create_split(
             split,
             layers=self.selection.layers,
@@ -93,9 +142,11 @@ class Extraction:
             chosen=self._tabled_names(),
             chosen_tokens=config.statistics.tokens.count,
         )
+        wait_for_others(f"the arrays of {split}")
         with progress(total=len(reductions), desc=f"{split}: write", unit="layers") as bar:
-            self._write(reductions, drawn, strata, out, bar.update)
-        return clock
+            self._write(reductions, drawn, strata, out, bar.update, checkpoints)
+        wait_for_others(f"the exemplars of {split}")
+        writer.finish_split(split)
 
     def _strata(self, rows: int | None = None) -> tuple[Stratum, ...]:
         """The strata of kind quantile, none without it; `rows` is how many sequences can be drawn."""
@@ -122,32 +173,43 @@ class Extraction:
             tokens=sampled_tokens(self.config.statistics, self.selection),
         )
 
+    def _start(
+        self, checkpoints: SplitCheckpoints, drawn: Draws, strata: Sequence[Stratum], *, rows: int
+    ) -> tuple[int, Reductions]:
+        """The first row to read, and the reductions of those before."""
+        exemplars, tokens = self.config.exemplars, self.config.corpus.sequence_length
+        neurons = self._padded_neurons()
+
+        def empty() -> Reductions:
+            return {
+                layer: empty_reduction(
+                    kinds=tuple(kind for kind in KINDS if kind in exemplars.kinds),
+                    neurons=len(neurons[layer]) if layer in neurons else self.selection.width(layer),
+                    k=exemplars.k,
+                    tokens=tokens,
+                    sampled_tokens=len(drawn.token_M),
+                    dtype=jnp.dtype(exemplars.activation_dtype),
+                    mesh=self.mesh,
+                    draws=kept_of_draws(strata),
+                    summed=self._summed(layer)[0] if layer in self.tabled else None,
+                    vocabulary=self.vocabulary,
+                    **self._experts(layer),
+                )
+                for layer in self.selection.indices
+            }
+
+        return checkpoints.restore(jax.eval_shape(empty), rows=rows, tokens=tokens) or (0, empty())
+
     def _reduce(
         self,
+        reductions: Reductions,
         batches: Iterable[TokenBatch],
         drawn: Draws,
-        strata: Sequence[Stratum],
         advance: Callable[[int], Any],
+        checkpoints: SplitCheckpoints,
         clock: InputClock,
     ) -> Reductions:
         neurons = self._padded_neurons()
-        exemplars = self.config.exemplars
-        reductions = {
-            layer: empty_reduction(
-                kinds=tuple(kind for kind in KINDS if kind in exemplars.kinds),
-                neurons=len(neurons[layer]) if layer in neurons else self.selection.width(layer),
-                k=exemplars.k,
-                tokens=self.config.corpus.sequence_length,
-                sampled_tokens=len(drawn.token_M),
-                dtype=jnp.dtype(exemplars.activation_dtype),
-                mesh=self.mesh,
-                draws=kept_of_draws(strata),
-                summed=self._summed(layer)[0] if layer in self.tabled else None,
-                vocabulary=self.vocabulary,
-                **self._experts(layer),
-            )
-            for layer in self.selection.indices
-        }
         pending = 0
 
         def idle() -> bool:
@@ -158,6 +220,7 @@ class Extraction:
         for batch, rows in clock.over(ready, idle=idle):
             jax.block_until_ready(reductions)
             advance(pending)
+            checkpoints.before_step(batch.first, reductions)
             reductions = self.step(reductions, self.weights, rows, neurons)
             if pending == 0:
                 self._require_finite(reductions)
@@ -171,7 +234,8 @@ class Extraction:
         dtype = self.config.subject.dtype
         remedy = "check the weights" if dtype == "float32" else "try subject.dtype float32"
         for layer, reduction in sorted(reductions.items()):
-            if not np.isfinite(reduction.moments.mean_F).all():
+            shards = reduction.moments.mean_F.addressable_shards
+            if not all(np.isfinite(shard.data).all() for shard in shards):
                 raise JaxplainError(
                     f"layer {layer} has activations that are not finite numbers in {dtype}; {remedy}."
                 )
@@ -188,11 +252,19 @@ class Extraction:
         sharding = NamedSharding(self.mesh, P("data"))
         counted_BT = self._counted(batch.tokens_BT, batch.before_B)
         drawn_PW, slot_PW = drawn.tokens_of(
-            int(batch.sequence_B[0]), batch=len(batch.sequence_B), shards=self.mesh.shape["data"]
+            batch.first, batch=self.config.run.batch_size, shards=self.mesh.shape["data"]
         )
+        start, size = self._rows_held().start, self.config.run.batch_size
 
         def on_mesh(x: np.ndarray) -> jax.Array:
-            return jax.make_array_from_process_local_data(sharding, x)
+            def held(index: tuple[slice, ...]) -> np.ndarray:
+                first, last, _ = index[0].indices(size)
+                return x[first - start : last - start]
+
+            return jax.make_array_from_callback((size, *x.shape[1:]), sharding, held)
+
+        def of_shards(x: np.ndarray) -> jax.Array:
+            return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
         return Rows(
             tokens_BT=on_mesh(batch.tokens_BT),
@@ -200,14 +272,27 @@ class Extraction:
             sequence_B=on_mesh(batch.sequence_B),
             lottery_B=on_mesh(batch.lottery_B),
             turn_B=on_mesh(drawn.turns(batch.sequence_B)),
-            drawn_PW=on_mesh(drawn_PW),
-            slot_PW=on_mesh(slot_PW),
+            drawn_PW=of_shards(drawn_PW),
+            slot_PW=of_shards(slot_PW),
         )
+
+    def _rows_held(self) -> slice:
+        """Which rows of a batch this process needs, those of its own devices."""
+        size = self.config.run.batch_size
+        places = NamedSharding(self.mesh, P("data")).addressable_devices_indices_map((size,))
+        ends = [index[0].indices(size) for index in places.values() if index is not None]
+        return slice(min(first for first, _, _ in ends), max(last for _, last, _ in ends))
 
     def _padded_neurons(self) -> dict[int, jax.Array]:
         """Indices of layers of which not all neurons are kept, repeated to divide by the mesh."""
+
+        def on_mesh(x: np.ndarray) -> jax.Array:
+            return jax.make_array_from_callback(
+                x.shape, NamedSharding(self.mesh, P()), lambda index: x[index]
+            )
+
         return {
-            layer: jnp.asarray(self._padded(indices))
+            layer: on_mesh(self._padded(indices))
             for layer, indices in self.selection.indices.items()
             if len(indices) < self.selection.width(layer)
         }
@@ -244,15 +329,34 @@ class Extraction:
         strata: Sequence[Stratum],
         out: SplitWriter,
         advance: Callable[[int], Any],
+        checkpoints: SplitCheckpoints,
     ) -> None:
         tables = 0
         for place, layer in enumerate(self.selection.layers):
+            checkpoints.stop_if_asked()
             reduction = reductions.pop(int(layer))
             columns = self.selection.columns(int(layer))
             kept = slice(len(columns))
-            statistics = merge_moments(reduction.moments)
+            merged, strongest, read, sample_MF, parts, sums = gathered(
+                (
+                    merge_partials(reduction, self.mesh),
+                    {count: merge_top(top, mesh=self.mesh) for count, top in reduction.draws.items()},
+                    reduction.read,
+                    merge_sample(reduction.sample_MF, mesh=self.mesh),
+                    reduction.moments,
+                    reduction.token_sums,
+                )
+            )
+            # Tables of all layers are in one file, which one process writes.
+            if sums is not None and leads():
+                self._write_token_table(sums, int(layer), tables, out)
+            tables += len(self.tabled.get(int(layer), ()))
+            if place % jax.process_count() != jax.process_index():
+                advance(1)
+                continue
+            statistics = merge_moments(parts)
             tails = {}
-            for kind, ranked in merge_partials(reduction, self.mesh).items():
+            for kind, ranked in merged.items():
                 found = _sequences(ranked, kept, sign=-1 if kind == "min" else 1)
                 if kind in _TAILS:
                     tails[kind] = _TAILS[kind](found.score_NR, found.activation_NRT)
@@ -260,29 +364,22 @@ class Extraction:
             if strata:
                 stratum_NR, found = choose(
                     strata,
-                    {
-                        count: _sequences(merge_top(top, mesh=self.mesh), kept)
-                        for count, top in reduction.draws.items()
-                    },
+                    {count: _sequences(ranked, kept) for count, ranked in strongest.items()},
                     drawn.turns,
                     wanted=self.config.exemplars.samples_per_quantile,
                     read={
                         count: np.asarray(read_PF).sum(axis=0, dtype=np.int64)[kept]
-                        for count, read_PF in reduction.read.items()
+                        for count, read_PF in read.items()
                     },
                 )
                 out.write_exemplars("quantile", place, columns, **found._asdict(), stratum_NR=stratum_NR)
-            if int(layer) in self.tabled:
-                self._write_token_table(reduction, int(layer), tables, out)
-                tables += len(self.tabled[int(layer)])
-            sample_MF = np.asarray(merge_sample(reduction.sample_MF, mesh=self.mesh))
             out.write_statistics(
                 place,
                 columns,
                 quantile=_quantiles(
                     np.array(self.config.statistics.quantiles),
                     statistics.count_F[kept],
-                    np.ascontiguousarray(sample_MF[:, kept].T),
+                    np.ascontiguousarray(np.asarray(sample_MF)[:, kept].T),
                     tails,
                 ),
                 count=statistics.count_F[kept],
@@ -294,10 +391,9 @@ class Extraction:
             )
             advance(1)
 
-    def _write_token_table(self, reduction: LayerReduction, layer: int, first: int, out: SplitWriter) -> None:
+    def _write_token_table(self, sums: TokenSums, layer: int, first: int, out: SplitWriter) -> None:
         config = self.config.statistics.tokens
-        assert reduction.token_sums is not None
-        table = merge_token_sums(reduction.token_sums, self._summed(layer)[1])
+        table = merge_token_sums(sums, self._summed(layer)[1])
         for sign in ("max", "min"):
             token_NR, mean_NR, count_NR = strongest_tokens(
                 table, kept=config.count, min_count=config.min_count, lowest=sign == "min"

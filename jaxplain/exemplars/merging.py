@@ -33,45 +33,57 @@ def merge_partials(reduction: LayerReduction, mesh: Mesh) -> dict[str, Ranked]:
 @functools.partial(jax.jit, static_argnames="mesh")
 def merge_top(top: TopK, mesh: Mesh) -> Ranked:
     """Merge one top-k's data shards."""
-    merge = jax.shard_map(
-        _merge_shard,
-        mesh=mesh,
-        in_specs=(partition_specs(top),),
-        out_specs=P("model"),
-        check_vma=False,
+    joined = join(top, mesh)
+    return Ranked(
+        priority_FR=_of_neurons(joined.priority_RG, joined),
+        sequence_FR=_of_neurons(joined.sequence_RG, joined),
+        activation_FRT=joined.activation_FRT,
     )
-    return merge(top)
 
 
-def _merge_shard(top: TopK) -> Ranked:
-    top = jax.tree.map(lambda x: x[0], top)
+def _of_neurons(ranked_RG: Array, top: TopK) -> Array:
+    """What each neuron's group has, [F, R]. A group is sorted once, and spread over its neurons only then."""
     neurons, k, _ = top.activation_FRT.shape
+    if top.group_F is not None:
+        return ranked_RG[:, top.group_F].T
+    return jnp.broadcast_to(ranked_RG, (k, neurons)).T
+
+
+def join(top: TopK, mesh: Mesh) -> TopK:
+    """One top-k, without the axis P, from those of all data shards; rank r lies in slot r."""
+    specs = jax.tree.map(lambda spec: P(*tuple(spec)[1:]), partition_specs(top))
+    return jax.shard_map(
+        _join_shard, mesh=mesh, in_specs=(partition_specs(top),), out_specs=specs, check_vma=False
+    )(top)
+
+
+def _join_shard(top: TopK) -> TopK:
+    top = jax.tree.map(lambda x: x[0], top)
+    k = len(top.priority_RG)
     part = lax.axis_index("data")
 
     def gathered(x_RG: Array) -> Array:
-        """All parts' ranks side by side, [R * parts, G]; G is F where there are several groups."""
-        x_RG = x_RG if top.group_F is None else x_RG[:, top.group_F]
+        """All parts' ranks side by side, [R * parts, G]."""
         return lax.all_gather(x_RG, "data", axis=0, tiled=True)
 
     priority, sequence, owner, slot = lax.sort(
         (
             -gathered(top.priority_RG),
             gathered(top.sequence_RG),
-            gathered(jnp.full(top.slot_RG.shape, part, jnp.int32)),
+            gathered(jnp.full_like(top.slot_RG, part)),
             gathered(top.slot_RG),
         ),
         dimension=0,
         num_keys=2,
     )
-    # A group of all neurons is sorted once, and spread over them only then.
-    priority_FR, sequence_FR, owner_FR, slot_FR = (
-        jnp.broadcast_to(x[:k].T, (neurons, k)) for x in (-priority, sequence, owner, slot)
-    )
+    owner_FR, slot_FR = (_of_neurons(x_RG[:k], top) for x_RG in (owner, slot))
     mine_FRT = jnp.take_along_axis(top.activation_FRT, slot_FR[:, :, None], axis=1)
     # Every winner has one owner, so adding zeros from the others moves it unchanged.
     mine_FRT = jnp.where((owner_FR == part)[:, :, None], mine_FRT, 0)
-    return Ranked(
-        priority_FR=priority_FR,
-        sequence_FR=sequence_FR,
+    return TopK(
+        priority_RG=-priority[:k],
+        sequence_RG=sequence[:k],
+        slot_RG=jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32)[:, None], priority[:k].shape),
         activation_FRT=lax.psum(mine_FRT, "data"),
+        group_F=top.group_F,
     )

@@ -112,6 +112,30 @@ def update_moments(
     )
 
 
+def add_moments(one: Moments, other: Moments) -> Moments:
+    """Moments of the tokens of both, in float32 with what it rounds off."""
+    count_G = one.token_count_G + other.token_count_G
+    divisor_G = jnp.maximum(other.token_count_G, 1).astype(jnp.float32)
+    share_G = other.token_count_G.astype(jnp.float32) / jnp.maximum(count_G, 1).astype(jnp.float32)
+    shift_F = other.mean_F - one.mean_F + (other.sums.first_F + other.lost.first_F) / divisor_G
+    mean_F = one.mean_F + shift_F * share_G
+    moved = (
+        _recentring(part.sums, part.token_count_G.astype(jnp.float32), by_F=mean_F - part.mean_F)
+        for part in (one, other)
+    )
+    sums, lost = one.sums, jax.tree.map(operator.add, one.lost, other.lost)
+    for added in (other.sums, *moved):
+        after = jax.tree.map(operator.add, sums, added)
+        sums, lost = after, jax.tree.map(_still_lost, lost, sums, added, after)
+    return Moments(
+        token_count_G=count_G,
+        mean_F=mean_F,
+        sums=sums,
+        lost=lost,
+        active_F=one.active_F + other.active_F,
+    )
+
+
 def _still_lost(lost_F: Array, before_F: Array, added_F: Array, after_F: Array) -> Array:
     """What is lost in all, now that `after_F` is the rounded sum of `before_F` and `added_F`."""
     taken_F = after_F - before_F

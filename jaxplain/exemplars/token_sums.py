@@ -83,15 +83,31 @@ def update_token_sums(
     target_N = jnp.where(first_N == place_N, token_N, nowhere)
 
     before_NC = sums.sum_VC.at[target_N].get(mode="fill", fill_value=0.0)
-    after_NC = before_NC + batch_NC
-    added_NC = after_NC - before_NC
-    lost_NC = (before_NC - (after_NC - added_NC)) + (batch_NC - added_NC)
+    after_NC, lost_NC = _two_words(before_NC, batch_NC)
     return TokenSums(
         neuron_C=sums.neuron_C,
         count_VG=sums.count_VG.at[token_N].add(counted_NG.astype(jnp.uint32), mode="drop"),
         sum_VC=sums.sum_VC.at[target_N].set(after_NC, mode="drop"),
         carry_VC=sums.carry_VC.at[target_N].add(lost_NC, mode="drop"),
     )
+
+
+def add_token_sums(one: TokenSums, other: TokenSums) -> TokenSums:
+    """Sums of the tokens of both, of the same neurons."""
+    sum_VC, lost_VC = _two_words(one.sum_VC, other.sum_VC)
+    return TokenSums(
+        neuron_C=one.neuron_C,
+        count_VG=one.count_VG + other.count_VG,
+        sum_VC=sum_VC,
+        carry_VC=one.carry_VC + other.carry_VC + lost_VC,
+    )
+
+
+def _two_words(one: Float[Array, "N C"], other: Float[Array, "N C"]) -> tuple[Array, Array]:
+    """A sum, and what was lost of it to rounding."""
+    total = one + other
+    added = total - one
+    return total, (one - (total - added)) + (other - added)
 
 
 class TokenTable(NamedTuple):

@@ -5,19 +5,19 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 import jaxplain
+from jaxplain.checkpoints import Checkpoints
 from jaxplain.configs.finetuning import FinetuneConfig
 from jaxplain.configs.simulation import ReadoutConfig
 from jaxplain.errors import JaxplainError
 from jaxplain.mesh import make_mesh
 from jaxplain.progress import progress_bars
-from jaxplain.simulators.checkpoints import Checkpoints, Progress
+from jaxplain.resuming import require_same
 from jaxplain.simulators.finetuned import SIMULATOR_NAME
 from jaxplain.simulators.model_card import write_model_card
 from jaxplain.simulators.pairs import Dataset, evaluation_batches, make_dataset, training_batches
@@ -34,6 +34,15 @@ from jaxplain.subjects.tokenizers import remapped_special_tokens, with_added_tok
 _RUN_NAME, _MODEL_NAME, _CHECKPOINTS_NAME = "run.json", "model", "checkpoints"
 _NOT_COMPARED = ("output", "mesh", "progress", "store", "explanations")
 _NOT_COMPARED_IN_TRAINING = ("accumulate", "remat", "checkpoint_every")
+
+
+@dataclasses.dataclass(kw_only=True)
+class Progress:
+    """What a run knows besides the state: the lowest held-out loss, when it was, and how long ago."""
+
+    best_loss: float = float("inf")
+    best_step: int = -1
+    evaluations_since: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,10 +95,11 @@ def finetune(config: FinetuneConfig, *, overwrite: bool = False) -> Finetuned:
         training = dataclasses.replace(training, reset_readout=not is_simulator)
     trainer = Trainer(decoder, training, readout.level_ids, mesh)
     del decoder
-    with Checkpoints(output / _CHECKPOINTS_NAME) as checkpoints:
-        state = _train(config, trainer, dataset, checkpoints, output)
-        best = checkpoints.best(like={"trained": state.trained, "step": state.step})
-        state = state if best is None else state._replace(**best)
+    kept = output / _CHECKPOINTS_NAME
+    with Checkpoints(kept / "newest") as newest, Checkpoints(kept / "best", keep=1) as best:
+        state = _train(config, trainer, dataset, newest, best, output)
+        found = best.restore(lambda _: {"trained": state.trained, "step": state.step})
+        state = state if found is None else state._replace(**found.state)
     evaluation = trainer.evaluate(state, _held_out(config, dataset))
     step = int(state.step)
     folder = output / _MODEL_NAME
@@ -154,7 +164,7 @@ def _output(config: FinetuneConfig, store: Store, *, overwrite: bool) -> Path:
             for name in (_RUN_NAME, METRICS_NAME, CURVES_NAME):
                 (output / name).unlink(missing_ok=True)
         if path.exists():
-            _require_same(json.loads(path.read_text()), run, output)
+            require_same(json.loads(path.read_text()), run, output)
         elif any(output.iterdir()):
             raise JaxplainError(f"output {output} holds something else; name another folder.")
         path.write_text(json.dumps(run, indent=1, sort_keys=True) + "\n")
@@ -174,24 +184,6 @@ def _compared(config: FinetuneConfig) -> dict[str, Any]:
     return json.loads(json.dumps(whole))
 
 
-def _require_same(kept: Mapping[str, Any], run: Mapping[str, Any], output: Path) -> None:
-    before, now = dict(_leaves(kept)), dict(_leaves(run))
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            raise JaxplainError(
-                f"output {output} holds a run with {name.removeprefix('config.')} {before.get(name)!r}, "
-                f"and it is {now.get(name)!r} now; name another output, or start anew with --overwrite."
-            )
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Any:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
 def _held_out(config: FinetuneConfig, dataset: Dataset) -> Any:
     training = config.training
     return evaluation_batches(
@@ -203,14 +195,19 @@ def _held_out(config: FinetuneConfig, dataset: Dataset) -> Any:
 
 
 def _train(
-    config: FinetuneConfig, trainer: Trainer, dataset: Dataset, checkpoints: Checkpoints, output: Path
+    config: FinetuneConfig,
+    trainer: Trainer,
+    dataset: Dataset,
+    newest: Checkpoints,
+    best: Checkpoints,
+    output: Path,
 ) -> TrainState:
     """Steps until the last one, or until the held-out loss no longer falls."""
     training = config.training
     state, progress = trainer.start(), Progress()
-    restored = checkpoints.restore(like=state)
+    restored = newest.restore(lambda _: state)
     if restored is not None:
-        state, progress = restored.state, restored.progress
+        state, progress = restored.state, Progress(**restored.about)
         for problem in restored.unreadable:
             print(f"{problem}; going on from step {int(state.step)}", file=sys.stderr)
     first = int(state.step)
@@ -223,7 +220,7 @@ def _train(
         make(total=training.steps, initial=first, desc="finetune", unit="steps") as bar,
     ):
         if first == 0:
-            _evaluate(trainer, state, config, dataset, metrics, checkpoints, progress)
+            _evaluate(trainer, state, config, dataset, metrics, best, progress)
         started = time.perf_counter()
         for step in range(first, training.steps):
             if _stale(training.patience, progress):
@@ -239,9 +236,9 @@ def _train(
             bar.update()
             last = step + 1 == training.steps
             if (step + 1) % training.evaluate_every == 0 or last:
-                _evaluate(trainer, state, config, dataset, metrics, checkpoints, progress)
+                _evaluate(trainer, state, config, dataset, metrics, best, progress)
             if (step + 1) % training.checkpoint_every == 0 or last:
-                checkpoints.save(step + 1, state, progress)
+                newest.save(step + 1, state, dataclasses.asdict(progress))
     return state
 
 
@@ -255,7 +252,7 @@ def _evaluate(
     config: FinetuneConfig,
     dataset: Dataset,
     metrics: Metrics,
-    checkpoints: Checkpoints,
+    best: Checkpoints,
     progress: Progress,
 ) -> None:
     step = int(state.step)
@@ -263,7 +260,7 @@ def _evaluate(
     metrics.add(step, {f"held_out/{k}": v for k, v in dataclasses.asdict(evaluation).items()})
     if evaluation.loss < progress.best_loss:
         progress.best_loss, progress.best_step, progress.evaluations_since = evaluation.loss, step, 0
-        checkpoints.save_best(step, {"trained": state.trained, "step": state.step})
+        best.save(step, {"trained": state.trained, "step": state.step}, {})
     else:
         progress.evaluations_since += 1
 

@@ -18,7 +18,7 @@ from jaxplain.configs.finetuning import TrainingConfig
 from jaxplain.errors import JaxplainError
 from jaxplain.subjects.architecture import Architecture
 from jaxplain.subjects.decoder import Decoder
-from jaxplain.subjects.loading import partition
+from jaxplain.subjects.loading import partition, spread_over_data
 
 Parameters = dict[str, Array]
 
@@ -113,16 +113,9 @@ def unembedding_rows(parameters: Mapping[str, Array], ids: Int[np.ndarray, "L"])
 
 def fully_sharded(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """A parameter's place in training: over `model` as always, and over `data` along another axis."""
-    if name.endswith((_DOWN, _UP)) or name == READOUT:
-        spec: list[str | None] = [None] * len(shape)
-    else:
-        given = tuple(partition(name, shape, mesh))
-        spec = [*given, *[None] * (len(shape) - len(given))]
-    size = mesh.shape["data"]
-    free = [axis for axis in range(len(shape)) if spec[axis] is None and shape[axis] % size == 0]
-    if free and size > 1:
-        spec[max(free, key=lambda axis: shape[axis])] = "data"
-    return NamedSharding(mesh, P(*spec))
+    small = name.endswith((_DOWN, _UP)) or name == READOUT
+    spec = P() if small else partition(name, shape, mesh)
+    return NamedSharding(mesh, spread_over_data(spec, shape, mesh))
 
 
 def decays(name: str, value: Array) -> bool:

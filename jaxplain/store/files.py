@@ -16,6 +16,7 @@ from jaxplain.errors import JaxplainError, first_line
 from jaxplain.store.schema import ArraySpec
 
 _READ_CACHE_BYTES = 2**28
+_RETRIES = 5  # each after twice the time of the one before, from a second on
 
 
 def location(path: str | Path) -> str:
@@ -43,6 +44,8 @@ class Files:
             {
                 "cache_pool": {"total_bytes_limit": _READ_CACHE_BYTES},
                 "http_request_retries": {"max_retries": 3},
+                "s3_request_retries": {"max_retries": _RETRIES},
+                "gcs_request_retries": {"max_retries": _RETRIES},
             }
         )
         try:
@@ -87,20 +90,35 @@ class Files:
         with self._writing():
             return not self._store.list().result()
 
-    def delete_all(self) -> None:
-        """Remove every file in the folder."""
+    def delete_all(self, within: str = "") -> None:
+        """Remove every file in the folder, or in one within it."""
         with self._writing():
-            self._store.delete_range(ts.KvStore.KeyRange()).result()
+            if self.is_local:
+                # What writers that were killed left behind, tensorstore neither lists nor removes.
+                shutil.rmtree(self._local / within, ignore_errors=True)
+            prefix = f"{within}/" if within else ""
+            keys = ts.KvStore.KeyRange(prefix, prefix[:-1] + "0" if prefix else "")  # "0" follows "/"
+            self._store.delete_range(keys).result()
+
+    def delete_locks(self) -> None:
+        """Remove what writers that were killed left of files that they had begun."""
+        if self.is_local:
+            for lock in self._local.rglob("*.__lock"):
+                lock.unlink(missing_ok=True)
 
     @property
     def is_local(self) -> bool:
         """Whether the folder is on a local disk."""
         return self.url.startswith("file://")
 
+    @property
+    def _local(self) -> Path:
+        return Path(unquote(self.url[len("file://") : -1]))
+
     def rename_to(self, other: "Files") -> None:
         """Give a local folder another one's name, and remove that one last of all."""
         with self._writing():
-            source, target = (Path(unquote(f.url[len("file://") : -1])) for f in (self, other))
+            source, target = self._local, other._local
             replaced = target.with_name(f"{target.name}.replaced")
             shutil.rmtree(replaced, ignore_errors=True)
             if target.exists():
@@ -124,10 +142,12 @@ class Files:
             for future in [array.write(values) for array, values in targets]:
                 future.result()
 
-    def open_array(self, name: str) -> ts.TensorStore:
-        """Open an array for reading."""
+    def open_array(self, name: str, *, write: bool = False) -> ts.TensorStore:
+        """Open an array for reading, or for writing too."""
         with self._reading():
-            return self._open(name, read=True, recheck_cached_data="open", recheck_cached_metadata="open")
+            return self._open(
+                name, read=True, write=write, recheck_cached_data="open", recheck_cached_metadata="open"
+            )
 
     def read(self, *parts: ts.TensorStore) -> list[np.ndarray]:
         """The values of (parts of) arrays, read all at once."""

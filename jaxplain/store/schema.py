@@ -233,7 +233,8 @@ def statistics_arrays(
             dtype=dtype,
             fill=fill,
             chunk=(1, *one, neurons),
-            shard=shape,
+            # A layer is a file, since another process may write the next one.
+            shard=(1, *shape[1:]),
         )
 
     single = {name: spec("int64", -1) if name == "count" else spec("float32", "NaN") for name in STATISTICS}

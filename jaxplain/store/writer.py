@@ -1,6 +1,8 @@
 """Writing a store. What is written last is the root's `complete`, so a torn store is never taken for one."""
 
 import dataclasses
+import functools
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import Bool, Float, Int
 
+from jaxplain.errors import JaxplainError
 from jaxplain.store import schema
 from jaxplain.store.files import Files, partial_name
 
@@ -35,17 +38,40 @@ class StoreWriter:
 
     On a local disk it grows under a name of its own, so that a run that fails costs no store that
     was there before. Elsewhere, where files cannot be renamed together, it replaces it at once.
+
+    A store that was begun is gone on with where `begun` names it, and otherwise begun anew under a new name.
+    Of the processes of a run the one that `leads` makes what there is one of.
     """
 
-    def __init__(self, path: str | Path, attributes: dict[str, Any]):
-        self._final = Files(path)
-        self._files = Files(partial_name(path)) if self._final.is_local else self._final
-        self._files.delete_all()
+    def __init__(
+        self,
+        path: str | Path,
+        attributes: dict[str, Any],
+        *,
+        begun: str | None = None,
+        leads: bool = True,
+    ):
+        self._final, self._leads = Files(path), leads
+        self._files = _growing(path)
         self._attributes = {"format": schema.FORMAT, "version": schema.VERSION} | attributes
+        if not leads:
+            root = (self._files.read_json("zarr.json") or {}).get("attributes", {})
+            if "begun" not in root:
+                raise JaxplainError(
+                    f"output {path} is not seen by all processes of the run; name a folder that they share."
+                )
+            self.begun = str(root["begun"])
+            return
+        self.begun = secrets.token_hex(8) if begun is None else begun
+        if begun is None:
+            self._files.delete_all()
+        self._files.delete_locks()
         self._write_root(complete=False)
 
     def write_vocabulary(self, tokens: Sequence[bytes]) -> None:
         """The bytes of every token id, so that readers need no tokenizer."""
+        if not self._leads:
+            return
         text = np.frombuffer(b"".join(tokens), np.uint8)
         end = np.cumsum([len(token) for token in tokens], dtype=np.int64)
         specs = schema.vocabulary_arrays(tokens=len(tokens), characters=len(text))
@@ -55,6 +81,7 @@ class StoreWriter:
 
     def write_sequences(self, split: str, blocks: Iterable[SequenceBlock], *, tokens: int) -> int:
         """Write a split's token table block by block; the number of its rows."""
+        self._files.delete_all(split)
         self._write_group(split)
         self._write_group(f"{split}/sequences")
         specs = schema.sequence_arrays(sequences=0, tokens=tokens)
@@ -69,7 +96,16 @@ class StoreWriter:
                 arrays[name] = self._files.resize_array(array, stop)
                 self._files.write((arrays[name][rows:stop], values))
             rows = stop
+        self._write_group(f"{split}/sequences", complete=rows > 0)
         return rows
+
+    def has_sequences(self, split: str) -> bool:
+        """Whether a split's token table is complete."""
+        return self._is_complete(f"{split}/sequences")
+
+    def has_split(self, split: str) -> bool:
+        """Whether `finish_split` was called of a split."""
+        return self._is_complete(split)
 
     def read_sequences(self, split: str) -> dict[str, ts.TensorStore]:
         """The arrays of a split's token table, for reading by row."""
@@ -94,7 +130,7 @@ class StoreWriter:
         chosen: Int[np.ndarray, "C _"] | None = None,
         chosen_tokens: int = 0,
     ) -> "SplitWriter":
-        """Make the split's empty arrays for exemplars and statistics.
+        """Make the split's empty arrays for exemplars and statistics, before any process writes to them.
 
         `experts` and `shared` are of a mixture of experts, see `schema`. `strata` are the levels that part
         the strata of kind quantile. `chosen` are the neurons, by layer (and expert) and index, that get a
@@ -106,16 +142,10 @@ class StoreWriter:
         }
         if len(quantiles):
             axes[schema.QUANTILE] = np.asarray(quantiles, np.float64)
-        for name, values in axes.items():
-            spec = schema.vector(name, len(values), str(values.dtype))
-            self._files.write((self._files.create_array(f"{split}/{name}", spec), values))
         sizes = {"layers": len(layers), "neurons": len(neurons)}
-        if experts is not None and shared is not None:
+        if experts is not None:
             sizes["experts"] = len(experts)
-            spec = schema.vector("expert", len(experts), "int32")
-            self._files.write((self._files.create_array(f"{split}/expert", spec), experts.astype(np.int32)))
-            spec = schema.shared_array(layers=len(layers), experts=len(experts))
-            self._files.write((self._files.create_array(f"{split}/shared", spec), shared.astype(np.uint8)))
+            axes["expert"] = np.asarray(experts, np.int32)
         groups = {"stats": schema.statistics_arrays(**sizes, quantiles=len(quantiles))}
         for kind in kinds:
             parts = len(strata) + 1 if kind == "quantile" else 0
@@ -130,13 +160,22 @@ class StoreWriter:
             groups[schema.TOKEN_TABLE] = schema.token_table_arrays(
                 neurons=len(chosen), tokens=chosen_tokens, has_experts=experts is not None
             )
-        arrays = {}
+        names = [f"{group}/{name}" for group, specs in groups.items() for name in specs]
+        out = SplitWriter(self._files, split, names)
+        if not self._leads:
+            return out
+        coordinates = {name: (schema.vector(name, len(x), str(x.dtype)), x) for name, x in axes.items()}
+        if shared is not None:
+            spec = schema.shared_array(layers=shared.shape[0], experts=shared.shape[1])
+            coordinates["shared"] = (spec, shared.astype(np.uint8))
+        for name, (spec, values) in coordinates.items():
+            self._files.write((self._files.create_array(f"{split}/{name}", spec), values))
         for group, specs in groups.items():
+            self._files.delete_all(f"{split}/{group}")
             for part in dict.fromkeys(["", *(name.rpartition("/")[0] for name in specs)]):
                 self._write_group(f"{split}/{group}/{part}".rstrip("/"))
             for name, spec in specs.items():
-                arrays[f"{group}/{name}"] = self._files.create_array(f"{split}/{group}/{name}", spec)
-        out = SplitWriter(self._files, arrays)
+                self._files.create_array(f"{split}/{group}/{name}", spec)
         if "quantile" in kinds:
             out._write_vector(f"{schema.group_of('quantile')}/level", np.array([0.0, *strata, 1.0]))
         if chosen is not None:
@@ -144,26 +183,61 @@ class StoreWriter:
                 out._write_vector(f"{schema.TOKEN_TABLE}/chosen_{axis}", values)
         return out
 
+    def finish_split(self, split: str) -> None:
+        """Mark a split as one that is not to be extracted again."""
+        if self._leads:
+            self._write_group(split, complete=True)
+
     def finish(self, **attributes: Any) -> None:
         """Mark the store complete, with attributes that are known at the end only, and give it its name."""
+        if not self._leads:
+            return
         self._attributes |= attributes
         self._write_root(complete=True)
-        if self._files is not self._final:
+        if self._final.is_local:
             self._files.rename_to(self._final)
 
     def _write_root(self, *, complete: bool) -> None:
-        metadata = schema.group_metadata(self._attributes | {"complete": complete})
-        self._files.write_json("zarr.json", metadata)
+        state = {"complete": True} if complete else {"complete": False, "begun": self.begun}
+        self._files.write_json("zarr.json", schema.group_metadata(self._attributes | state))
 
-    def _write_group(self, name: str) -> None:
-        self._files.write_json(f"{name}/zarr.json", schema.group_metadata({}))
+    def _write_group(self, name: str, **attributes: Any) -> None:
+        self._files.write_json(f"{name}/zarr.json", schema.group_metadata(attributes))
+
+    def _is_complete(self, group: str) -> bool:
+        metadata = self._files.read_json(f"{group}/zarr.json") or {}
+        return bool(metadata.get("attributes", {}).get("complete"))
+
+
+def unfinished_store(path: str | Path) -> dict[str, Any] | None:
+    """The attributes of a store in the making of which at least one token table is complete; else None."""
+    files = _growing(path)
+    attributes = (files.read_json("zarr.json") or {}).get("attributes", {})
+    # One that is complete, on a local disk, has only its name to get.
+    begun = "begun" in attributes or (files.is_local and attributes.get("complete"))
+    if attributes.get("format") != schema.FORMAT or not begun:
+        return None
+    splits = attributes["config"]["exemplars"]["splits"]
+    tables = (files.read_json(f"{split}/sequences/zarr.json") or {} for split in splits)
+    return attributes if any(t.get("attributes", {}).get("complete") for t in tables) else None
+
+
+def _growing(path: str | Path) -> Files:
+    """Where a store grows until it is complete."""
+    final = Files(path)
+    return Files(partial_name(path)) if final.is_local else final
 
 
 class SplitWriter:
-    """The exemplars and statistics of one split, written layer by layer."""
+    """The exemplars and statistics of one split, written layer by layer, each layer by one process."""
 
-    def __init__(self, files: Files, arrays: dict[str, ts.TensorStore]):
-        self._files, self._arrays = files, arrays
+    def __init__(self, files: Files, split: str, names: Sequence[str]):
+        self._files, self._split, self._names = files, split, names
+
+    @functools.cached_property
+    def _arrays(self) -> dict[str, ts.TensorStore]:
+        # Opened when it writes: the process that makes them may be another one.
+        return {name: self._files.open_array(f"{self._split}/{name}", write=True) for name in self._names}
 
     def write_exemplars(
         self,

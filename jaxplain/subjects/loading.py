@@ -43,8 +43,11 @@ def load_decoder(
     dtype: jnp.dtype,
     depth: int | None = None,
     with_head: bool = False,
+    over_data: bool = False,
 ) -> Decoder:
     """The decoder with the weights of a folder or GGUF file, of its first `depth` layers only if given.
+
+    Weights lie as `partition` says, with `over_data` spread over the mesh's axis `data` too.
 
     Raises JaxplainError where a parameter has no tensor, a tensor no parameter, or a shape differs.
     """
@@ -52,12 +55,18 @@ def load_decoder(
         lambda: Decoder(arch, rngs=nnx.Rngs(0), dtype=dtype, depth=depth, with_head=with_head)
     )
     abstract = nnx.state(model)
+
+    def place(target: str) -> jax.ShapeDtypeStruct:
+        shape, name = parameters[target].shape, target.rsplit(".", 1)[-1]
+        spec = partition(name, shape, mesh)
+        spec = spread_over_data(spec, shape, mesh) if over_data else spec
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
     parameters = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(abstract)}
     with _open_checkpoint(folder, family) as checkpoint:
         plan = _match(checkpoint, family, arch, parameters)
         loaded = {
-            target: _load(checkpoint, weights, arch, parameters[target].shape, mesh, dtype)
-            for target, weights in plan.items()
+            target: _load(checkpoint, weights, arch, place(target), dtype) for target, weights in plan.items()
         }
     for target, variable in parameters.items():
         variable.set_value(loaded[target])
@@ -75,6 +84,16 @@ def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
             spec[axis] = "model"
             break
     return P(*spec)
+
+
+def spread_over_data(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """A place on the mesh, and along the longest free axis that divides by it on `data` too."""
+    axes: list[str | None] = [*spec, *[None] * (len(shape) - len(spec))]
+    size = mesh.shape["data"]
+    free = [axis for axis in range(len(shape)) if axes[axis] is None and shape[axis] % size == 0]
+    if free and size > 1:
+        axes[max(free, key=lambda axis: shape[axis])] = "data"
+    return P(*axes)
 
 
 class _Checkpoint(dict[str, Any]):
@@ -210,8 +229,7 @@ def _load(
     checkpoint: _Checkpoint,
     weights: Sequence[Weight],
     arch: Architecture,
-    shape: tuple[int, ...],
-    mesh: Mesh,
+    place: jax.ShapeDtypeStruct,
     dtype: jnp.dtype,
 ) -> jax.Array:
     """A parameter from its tensor, or from the tensors of its experts in their order."""
@@ -234,5 +252,5 @@ def _load(
         others = [*index[:axis], *index[axis + 1 :]]
         return np.stack([read_tensor(weight, others) for weight in weights[index[axis]]], axis)
 
-    name = weights[0].target.rsplit(".", 1)[-1]
-    return jax.make_array_from_callback(shape, NamedSharding(mesh, partition(name, shape, mesh)), read)
+    assert place.sharding is not None
+    return jax.make_array_from_callback(place.shape, place.sharding, read)

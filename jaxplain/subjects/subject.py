@@ -50,8 +50,10 @@ class Subject:
     tokenizer: PreTrainedTokenizerBase
     dtype: jnp.dtype
 
-    def load(self, mesh: Mesh, *, depth: int | None = None, with_head: bool = False) -> Decoder:
-        """The model on the mesh, its first `depth` layers only where that is given."""
+    def load(
+        self, mesh: Mesh, *, depth: int | None = None, with_head: bool = False, over_data: bool = False
+    ) -> Decoder:
+        """The model on the mesh, its first `depth` layers only where that is given; see `load_decoder`."""
         return load_decoder(
             self.folder,
             self.family,
@@ -60,6 +62,7 @@ class Subject:
             dtype=self.dtype,
             depth=depth,
             with_head=with_head,
+            over_data=over_data,
         )
 
     def weight_hash(self) -> str:

@@ -1,0 +1,106 @@
+"""Weights that are spread over data shards too: less on every device, and the same store."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxplain.configs.extraction import SubjectConfig
+from jaxplain.exemplars.reduction import KINDS, Rows, empty_reduction
+from jaxplain.exemplars.step import make_step
+from jaxplain.subjects.decoder import Decoder
+from jaxplain.subjects.loading import partition, spread_over_data
+from jaxplain.subjects.subject import open_subject
+from tests import tiny
+from tests.exemplars.test_reduction import make_mesh
+from tests.exemplars.test_step import BATCH, TOKENS, architecture
+from tests.running import runs
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "expected"),
+    [
+        (P(None, "model"), (32, 48), P("data", "model")),
+        (P(None, "model"), (33, 48), P(None, "model")),
+        (P("model", None, None), (8, 4, 16), P("model", None, "data")),
+        (P("model", None, None), (8, 16, 4), P("model", "data", None)),
+        (P(), (12,), P("data")),
+        (P(), (7,), P(None)),
+    ],
+)
+def test_the_longest_free_axis_that_divides_is_spread(spec, shape, expected):
+    assert spread_over_data(spec, shape, make_mesh(4, 2)) == expected
+
+
+def test_a_mesh_without_data_shards_spreads_nothing():
+    assert spread_over_data(P(None, "model"), (32, 48), make_mesh(1, 8)) == P(None, "model")
+
+
+def test_every_device_holds_a_share(tmp_path):
+    subject = open_subject(SubjectConfig(id=str(tiny.write_model(tmp_path / "model"))))
+    mesh = make_mesh(4, 2)
+
+    def on_one_device(over_data):
+        model = subject.load(mesh, over_data=over_data)
+        leaves = jax.tree.leaves(nnx.state(model))
+        return sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves), leaves
+
+    (whole, one), (spread, other) = on_one_device(False), on_one_device(True)
+    assert spread < 0.27 * whole
+    for x, y in zip(one, other, strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_the_store_is_the_same(tmp_path):
+    config = runs.write_config(tmp_path)
+    mesh = ("--run.mesh.data", 4, "--run.mesh.model", 2)
+    usual = runs.run(config, tmp_path / "usual", *mesh)
+    spread = runs.run(config, tmp_path / "spread", *mesh, "--run.shard_weights", "true")
+    assert spread.config["run"]["shard_weights"] is True
+    assert "shard_weights" not in usual.config["run"]
+    runs.assert_same_answer(spread, usual)
+
+
+def compiled(layers, mesh, *, spread):
+    model = Decoder(architecture(layers), rngs=nnx.Rngs(0))
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        shape = variable.get_value().shape
+        spec = partition(str(path[-1]), shape, mesh)
+        spec = spread_over_data(spec, shape, mesh) if spread else spec
+        variable.set_value(jax.device_put(variable.get_value(), NamedSharding(mesh, spec)))
+    step, weights = make_step(model, mesh, gather=spread)
+    reductions = {
+        layers - 1: empty_reduction(
+            kinds=KINDS,
+            neurons=512,
+            k=2,
+            tokens=TOKENS,
+            sampled_tokens=4,
+            dtype=jnp.dtype("float16"),
+            mesh=mesh,
+        )
+    }
+    rows = Rows(
+        tokens_BT=np.zeros((BATCH, TOKENS), np.int32),
+        counted_BT=np.ones((BATCH, TOKENS), bool),
+        sequence_B=np.arange(BATCH, dtype=np.int32),
+        lottery_B=np.ones(BATCH, np.float32),
+        turn_B=np.arange(BATCH, dtype=np.int32),
+        drawn_PW=np.full((mesh.shape["data"], BATCH * TOKENS // mesh.shape["data"]), -1, np.int32),
+        slot_PW=np.full((mesh.shape["data"], BATCH * TOKENS // mesh.shape["data"]), -1, np.int32),
+    )
+    rows = jax.device_put(rows, NamedSharding(mesh, P("data")))
+    return step.lower(reductions, weights, rows, {}).compile()
+
+
+def test_layers_are_gathered_one_after_the_other():
+    """Were all gathered first, memory would grow with the number of layers."""
+    mesh = make_mesh(8, 1)
+    few, many = (compiled(layers, mesh, spread=True).memory_analysis() for layers in (4, 16))
+    weights_of_a_layer = 4 * (3 * 32 * 512 + 4 * 32 * 32)
+    assert many.temp_size_in_bytes < few.temp_size_in_bytes + 3 * weights_of_a_layer
+    usual = compiled(16, mesh, spread=False).memory_analysis()
+    assert many.argument_size_in_bytes < usual.argument_size_in_bytes - 12 * weights_of_a_layer
