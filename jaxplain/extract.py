@@ -11,10 +11,12 @@ from rich.console import Console
 
 import jaxplain
 from jaxplain.commands import add_flag, config_parser, parse_config, run
+from jaxplain.configs.distributed import DistributedConfig
 from jaxplain.configs.extraction import CorpusConfig, ExtractConfig, recorded
 from jaxplain.corpora.sources import Source, open_source
 from jaxplain.corpora.tokens import TokenTable, write_token_table
 from jaxplain.corpora.windows import prefix_of
+from jaxplain.distributed import join
 from jaxplain.errors import JaxplainError
 from jaxplain.exemplars.extraction import Extraction
 from jaxplain.exemplars.selection import select_neurons
@@ -33,7 +35,15 @@ def main(arguments: Sequence[str]) -> None:
     """Parse, extract, and show a little of what was found."""
     parser = config_parser(ExtractConfig, prog="python -m jaxplain.extract")
     add_flag(parser, "--overwrite", "Replace the store that the output folder holds, at the end.")
+    parser.add_class_arguments(DistributedConfig, as_group=False)
     config, options = parse_config(parser, ExtractConfig, arguments)
+    fields = (field.name for field in dataclasses.fields(DistributedConfig))
+    join(DistributedConfig(**{name: options[name] for name in fields}))
+    if jax.process_count() > 1:
+        raise JaxplainError(
+            f"{jax.process_count()} processes joined, but one run is not spread over processes yet; run each "
+            "alone with --processes 1 over slices of the corpus, as launch/slurm_slices.py does."
+        )
     extract(config, overwrite=options.overwrite)
     shown = print_sample(jaxplain.open_store(config.output), Console())
     side = "min" if "min" in config.exemplars.kinds else config.exemplars.kinds[0]
