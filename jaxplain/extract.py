@@ -22,6 +22,7 @@ from jaxplain.exemplars.extraction import Extraction
 from jaxplain.exemplars.selection import select_neurons
 from jaxplain.exemplars.step import make_step
 from jaxplain.mesh import make_mesh
+from jaxplain.planning.refusal import require_memory
 from jaxplain.progress import progress_bars
 from jaxplain.store.files import Files
 from jaxplain.store.schema import STORE_NAME
@@ -72,6 +73,7 @@ def extract(config: ExtractConfig, *, overwrite: bool = False) -> None:
         )
     selection = select_neurons(config.neurons, subject.arch)
     mesh = make_mesh(config.run.mesh, batch_size=config.run.batch_size, mlp_width=subject.arch.neurons)
+    require_memory(config, subject.arch, selection, mesh)
     sources = [
         open_source(source, subject.tokenizer, valueeval_dir=config.corpus.valueeval_dir)
         for source in config.corpus.sources

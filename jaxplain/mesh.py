@@ -9,7 +9,12 @@ from jaxplain.errors import JaxplainError
 
 def make_mesh(config: MeshConfig, *, batch_size: int, mlp_width: int) -> Mesh:
     """A mesh over all devices. Raises JaxplainError where devices, batch or neurons do not divide."""
-    devices = jax.device_count()
+    shape = mesh_shape(config, jax.device_count(), batch_size=batch_size, mlp_width=mlp_width)
+    return jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def mesh_shape(config: MeshConfig, devices: int, *, batch_size: int, mlp_width: int) -> tuple[int, int]:
+    """The sizes of both axes over that many devices. Raises JaxplainError where something does not divide."""
     model = config.model
     data = devices // model if config.data == -1 and model >= 1 else config.data
     if data < 1 or model < 1 or data * model != devices:
@@ -27,4 +32,4 @@ def make_mesh(config: MeshConfig, *, batch_size: int, mlp_width: int) -> Mesh:
             f"run.mesh.model is {model}, which does not divide the subject's {mlp_width} neurons "
             "per layer; choose a divisor."
         )
-    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    return data, model

@@ -1,0 +1,159 @@
+"""The real extraction step, compiled for TPUs that are not there.
+
+libtpu holds the compiler, and needs no TPU to run it. Nothing is allocated: weights and state are shapes.
+"""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import re
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxplain.errors import JaxplainError, first_line
+from jaxplain.exemplars.reduction import Rows, partition_specs
+from jaxplain.exemplars.step import make_step
+from jaxplain.planning.collectives import collectives
+from jaxplain.planning.demand import Demand
+from jaxplain.subjects.decoder import Decoder
+from jaxplain.subjects.loading import partition
+
+_USED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What the compiler says of one step on one device.
+
+    Attributes:
+        arguments: Bytes of weights, state and batch, as they lie in memory.
+        temporaries: Bytes that the step needs besides.
+        outputs: Bytes of results that do not take an argument's place.
+        program: Bytes of the program itself.
+        flops: Of one step, where a loop's body counts once.
+        collectives: How many of each kind there are, over axis `model` alone and over `data`.
+        seconds: What compiling took.
+        compiler: Its name and version.
+    """
+
+    data: int
+    model: int
+    batch: int
+    arguments: int
+    temporaries: int
+    outputs: int
+    program: int
+    flops: float
+    collectives: dict[str, dict[str, int]]
+    seconds: float
+    compiler: str
+
+    @property
+    def total(self) -> int:
+        """Bytes of memory while a step runs."""
+        return self.arguments + self.temporaries + self.outputs + self.program
+
+
+class TooLargeError(Exception):
+    """The compiler found no way to fit the step into the memory; `used` and `limit` are bytes."""
+
+    def __init__(self, used: int, limit: int):
+        super().__init__(f"{used} of {limit} bytes")
+        self.used, self.limit = used, limit
+
+
+def can_compile() -> bool:
+    """Whether libtpu is installed."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def compile_for_topology(demand: Demand, topology: str, *, data: int, model: int, batch: int) -> Compiled:
+    """Compile a step for a mesh of `data` x `model` TPUs.
+
+    Raises TooLargeError where it does not fit, and JaxplainError for a topology that libtpu does not know.
+    """
+    mesh = _mesh(topology, data, model)
+    started = time.monotonic()
+    lowered = lower_step(demand, mesh, batch=batch)
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if (used := _USED.search(str(error))) is None:
+            raise
+        amounts = [int(float(used[i]) * _UNITS[used[i + 1]]) for i in (1, 3)]
+        raise TooLargeError(*amounts) from error
+    seconds = time.monotonic() - started
+    analysis: Any = program.memory_analysis()
+    costs: Any = program.cost_analysis()
+    return Compiled(
+        data=data,
+        model=model,
+        batch=batch,
+        arguments=analysis.argument_size_in_bytes,
+        temporaries=analysis.temp_size_in_bytes,
+        outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+        program=analysis.generated_code_size_in_bytes,
+        flops=costs["flops"],
+        collectives=collectives(program.as_text() or "", mesh),
+        seconds=seconds,
+        compiler=f"libtpu {importlib.metadata.version('libtpu')}",
+    )
+
+
+def lower_step(demand: Demand, mesh: Mesh, *, batch: int) -> jax.stages.Lowered:
+    """The step that a run takes, for shapes in place of values; the mesh may be of devices not there."""
+
+    def on_mesh(shape: Any, spec: P) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec))
+
+    def rows(dtype: str, *tail: int) -> jax.ShapeDtypeStruct:
+        return on_mesh(jax.ShapeDtypeStruct((batch, *tail), np.dtype(dtype)), P("data"))
+
+    subject = nnx.eval_shape(
+        lambda: Decoder(demand.arch, rngs=nnx.Rngs(0), dtype=demand.dtype, depth=demand.selection.depth)
+    )
+    step, weights = make_step(subject, mesh, active_above=demand.config.statistics.active_above)
+    for path, variable in nnx.to_flat_state(weights):
+        value = variable.get_value()
+        variable.set_value(on_mesh(value, partition(str(path[-1]), value.shape, mesh)))
+    state = demand.state(parts=mesh.shape["data"], model=mesh.shape["model"])
+    reductions = {
+        layer: jax.tree.map(on_mesh, reduction, partition_specs(reduction))
+        for layer, reduction in state.items()
+    }
+    batch_of_rows = Rows(
+        tokens_BT=rows("int32", demand.tokens),
+        counted_BT=rows("bool", demand.tokens),
+        sequence_B=rows("int32"),
+        lottery_B=rows("float32"),
+        token_lottery_BT=rows("float32", demand.tokens),
+    )
+    chosen = {
+        layer: on_mesh(
+            jax.ShapeDtypeStruct((demand.padded_neurons(layer, mesh.shape["model"]),), np.dtype("int32")), P()
+        )
+        for layer, indices in demand.selection.indices.items()
+        if len(indices) < demand.arch.neurons
+    }
+    step_of_shapes: Any = step
+    return step_of_shapes.lower(reductions, weights, batch_of_rows, chosen)
+
+
+def _mesh(topology: str, data: int, model: int) -> Mesh:
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks a server that only Google's clouds have
+    try:
+        devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    except (RuntimeError, ValueError) as error:
+        raise JaxplainError(
+            f"--topology is {topology!r}, for which libtpu does not compile: {first_line(error)}."
+        ) from error
+    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices)
