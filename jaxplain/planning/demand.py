@@ -50,6 +50,17 @@ class Demand:
         return parameter_shapes(self.arch, self.dtype, depth=self.selection.depth)
 
     @property
+    def reads_last_attention(self) -> bool:
+        """Not where attention and MLP stand side by side: the neurons do not see what attention adds."""
+        return self.arch.residual == "sequential"
+
+    def is_read(self, name: str) -> bool:
+        """Whether the step reads a parameter: not where only layers that are not there would see a result."""
+        if not name.startswith(f"layers.{self.selection.depth - 1}."):
+            return True
+        return ".mlp.down_" not in name and (".attention." not in name or self.reads_last_attention)
+
+    @property
     def neurons(self) -> int:
         """How many are kept, over all layers."""
         return sum(map(len, self.selection.indices.values()))

@@ -8,9 +8,8 @@ from jaxplain.planning.demand import Demand
 from jaxplain.planning.hardware import Target
 from jaxplain.planning.memory import Memory, memory, temporary_bytes
 
-_MOST_ROWS = 4096
-_ENOUGH_ROWS = 16
-"""Sequences per data shard from which on a larger batch gains little."""
+_ENOUGH_ROWS, _MOST_ROWS = 16, 256
+"""Sequences per data shard from which on a step is of a good size, and the most that are proposed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,9 +37,9 @@ def chosen(demand: Demand, target: Target, *, data: int, model: int, batch: int)
 
 
 def largest_batch(demand: Demand, target: Target, *, data: int, model: int) -> Choice | None:
-    """The most sequences per step that fit on a mesh, at most 4,096 per data shard; None where none do."""
+    """The most sequences per step that fit on a mesh; None where none do."""
     fixed = chosen(demand, target, data=data, model=model, batch=0).memory.total
-    rows = min((target.memory - fixed) // temporary_bytes(demand, rows=1, model=model), _MOST_ROWS)
+    rows = (target.memory - fixed) // temporary_bytes(demand, rows=1, model=model)
     return chosen(demand, target, data=data, model=model, batch=rows * data) if rows > 0 else None
 
 
@@ -53,10 +52,8 @@ def propose(demand: Demand, target: Target) -> Choice | None:
     fitting = [found for mesh in _meshes(demand, target) if (found := largest_batch(demand, target, **mesh))]
     for choice in fitting:
         if choice.batch >= _ENOUGH_ROWS * choice.data:
-            rows = 2 ** int(math.log2(choice.batch // choice.data))
-            return chosen(
-                demand, target, data=choice.data, model=choice.model, batch=min(rows, 256) * choice.data
-            )
+            rows = min(2 ** int(math.log2(choice.batch // choice.data)), _MOST_ROWS)
+            return chosen(demand, target, data=choice.data, model=choice.model, batch=rows * choice.data)
     return max(fitting, key=lambda choice: choice.batch, default=None)
 
 

@@ -11,16 +11,16 @@ from jaxplain.planning.demand import Demand
 
 def flops_per_sequence(demand: Demand) -> int:
     """Of one sequence through the step. What nobody reads in the last layer is not computed."""
-    arch, depth = demand.arch, demand.selection.depth
-    last, tokens = depth - 1, demand.tokens
+    arch, depth, tokens = demand.arch, demand.selection.depth, demand.tokens
     matrices = sum(
         2 * tokens * shape.size
         for name, shape in demand.weights.items()
-        if _is_matrix(name) and not _is_dead(name, last, demand)
+        if _is_matrix(name) and demand.is_read(name)
     )
     # Logits and the sum of values, of every position with every other, the later ones too.
     attention = 4 * tokens * tokens * arch.query_heads * arch.head_width
-    return matrices + attention * (depth - _last_attention_is_dead(demand))
+    layers = depth if demand.reads_last_attention else depth - 1
+    return matrices + attention * layers
 
 
 def total_flops(demand: Demand) -> int:
@@ -37,14 +37,3 @@ def _is_matrix(name: str) -> bool:
     """Whether activations are multiplied by a parameter, rather than scaled, shifted or looked up."""
     kind, _, letters = name.rsplit(".", 1)[-1].rpartition("_")
     return name.startswith("layers.") and len(letters) > 1 and "bias" not in kind and kind != "scale"
-
-
-def _is_dead(name: str, last: int, demand: Demand) -> bool:
-    if not name.startswith(f"layers.{last}."):
-        return False
-    return ".mlp.down_" in name or (".attention." in name and _last_attention_is_dead(demand))
-
-
-def _last_attention_is_dead(demand: Demand) -> bool:
-    """Where attention and MLP stand side by side, the neurons do not read what attention adds."""
-    return demand.arch.residual != "sequential"

@@ -39,12 +39,16 @@ def memory(demand: Demand, *, data: int, model: int, batch: int, tiled: bool) ->
     )
 
 
-def weight_bytes(demand: Demand, *, model: int, tiled: bool) -> int:
-    """Of the parameters, of which each device holds those that `loading.partition` gives it."""
+def weight_bytes(demand: Demand, *, model: int, tiled: bool, unread: bool = True) -> int:
+    """Of the parameters, of which each device holds those that `loading.partition` gives it.
+
+    Without `unread`, of those that the step reads.
+    """
     mesh = AbstractMesh((1, model), ("data", "model"))
     return sum(
         _bytes(shape, partition(name.rsplit(".", 1)[-1], shape.shape, mesh), model, tiled)
         for name, shape in demand.weights.items()
+        if unread or demand.is_read(name)
     )
 
 

@@ -6,8 +6,6 @@ from jaxplain.planning.fitting import Choice
 from jaxplain.planning.hardware import GIB
 from jaxplain.planning.planner import Plan
 
-_MOST_DAYS_IN_HOURS = 72
-
 
 def report(plan: Plan) -> str:
     """All of a plan, a line for each thing."""
@@ -77,9 +75,9 @@ def _compiled(plan: Plan) -> Iterator[tuple[str, str]]:
     yield (
         "compiled",
         f"data {step.data} x model {step.model}, batch {step.batch}, layers {layers[0]}-{layers[-1]}: "
-        f"arguments {_memory(step.arguments)} + temporaries {_memory(step.temporaries)} + program "
-        f"{_memory(step.program)} = {_memory(step.total)} per device; {step.flops:.3g} FLOP a step and "
-        f"device; the largest batch that fits is about {plan.largest_batch_compiled} ({step.compiler}, "
+        f"arguments {_memory(step.arguments + step.unread)} + temporaries {_memory(step.temporaries)} + "
+        f"program {_memory(step.program)} = {_memory(step.total)} per device; {step.flops:.3g} FLOP a step "
+        f"and device; the largest batch that fits is about {plan.largest_batch_compiled} ({step.compiler}, "
         f"{step.seconds:.0f} s)",
     )
     counts = {axis: sum(kinds.values()) for axis, kinds in step.collectives.items()}
@@ -91,10 +89,17 @@ def _compiled(plan: Plan) -> Iterator[tuple[str, str]]:
 def _time(plan: Plan) -> str:
     if plan.hours is None:
         return "not known, since the devices' speed is not; name them with --topology, such as h100:8"
-    hours = f"{plan.hours:.2g} hours"
-    if plan.hours > _MOST_DAYS_IN_HOURS:
-        hours = f"{plan.hours:,.0f} hours ({plan.hours / 24:.1f} days)"
-    return f"{hours} at {plan.utilisation:.0%} of the devices' peak, besides reading and writing"
+    return (
+        f"{_duration(plan.hours)} at {plan.utilisation:.0%} of the devices' peak, besides reading and writing"
+    )
+
+
+def _duration(hours: float) -> str:
+    if hours < 1 / 60:
+        return "less than a minute"
+    if hours < 2:
+        return f"{60 * hours:.0f} minutes"
+    return f"{hours:,.1f} hours"
 
 
 def _mesh(choice: Choice) -> str:
@@ -118,7 +123,9 @@ def _disk(size: int) -> str:
 
 
 def _count(number: int) -> str:
-    return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.1f} million"
+    if number >= 1e9:
+        return f"{number / 1e9:.2f} billion"
+    return f"{number / 1e6:.1f} million" if number >= 1e6 else f"{number:,}"
 
 
 def _flops(number: int) -> str:

@@ -23,6 +23,7 @@ from jaxplain.exemplars.reduction import Rows, partition_specs
 from jaxplain.exemplars.step import make_step
 from jaxplain.planning.collectives import collectives
 from jaxplain.planning.demand import Demand
+from jaxplain.planning.memory import weight_bytes
 from jaxplain.subjects.decoder import Decoder
 from jaxplain.subjects.loading import partition
 
@@ -36,6 +37,7 @@ class Compiled:
 
     Attributes:
         arguments: Bytes of weights, state and batch, as they lie in memory.
+        unread: Bytes of weights that are loaded besides, which this step does not read.
         temporaries: Bytes that the step needs besides.
         outputs: Bytes of results that do not take an argument's place.
         program: Bytes of the program itself.
@@ -49,6 +51,7 @@ class Compiled:
     model: int
     batch: int
     arguments: int
+    unread: int
     temporaries: int
     outputs: int
     program: int
@@ -60,7 +63,7 @@ class Compiled:
     @property
     def total(self) -> int:
         """Bytes of memory while a step runs."""
-        return self.arguments + self.temporaries + self.outputs + self.program
+        return self.arguments + self.unread + self.temporaries + self.outputs + self.program
 
 
 class TooLargeError(Exception):
@@ -92,6 +95,7 @@ def compile_for_topology(demand: Demand, topology: str, *, data: int, model: int
         amounts = [int(float(used[i]) * _UNITS[used[i + 1]]) for i in (1, 3)]
         raise TooLargeError(*amounts) from error
     seconds = time.monotonic() - started
+    loaded = weight_bytes(demand, model=model, tiled=True)
     analysis: Any = program.memory_analysis()
     costs: Any = program.cost_analysis()
     return Compiled(
@@ -99,6 +103,7 @@ def compile_for_topology(demand: Demand, topology: str, *, data: int, model: int
         model=model,
         batch=batch,
         arguments=analysis.argument_size_in_bytes,
+        unread=loaded - weight_bytes(demand, model=model, tiled=True, unread=False),
         temporaries=analysis.temp_size_in_bytes,
         outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
         program=analysis.generated_code_size_in_bytes,

@@ -166,7 +166,7 @@ def test_joined_splits_are_each_sliced(cluster):
 
 
 def test_without_one_slice_nothing_is_merged(cluster):
-    slices(cluster, "3", STATUSES="0 1 0")
+    assert slices(cluster, "3", STATUSES="0 1 0") == "slices are job 100, and job 101 merges them\n"
     assert len(cluster.calls()) == 3
     assert cluster.calls("jaxplain.merge") == []
 

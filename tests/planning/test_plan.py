@@ -100,8 +100,8 @@ def test_a_run_that_fits_as_it_is(folder, capsys):
     assert lines["compiled"].startswith(
         "memory is computed from shapes, and temporaries are estimated: only TPUs"
     )
-    assert lines["time"].endswith("hours at 40% of the devices' peak, besides reading and writing")
-    assert lines["subject"].startswith(f"{folder / 'tiny'}: 0.1 million parameters, of which ")
+    assert lines["time"] == "less than a minute at 40% of the devices' peak, besides reading and writing"
+    assert lines["subject"].startswith(f"{folder / 'tiny'}: 47,840 parameters, of which 35,520 are ")
     assert lines["corpus"] == "1,000,000 sequences of 32 tokens, in train, valid"
     assert re.match(
         r"the host reads up to [\d,]+ sequences/s \([\d,]+ tokens/s, [\d,.]+ MB/s\)", lines["input"]
@@ -122,7 +122,7 @@ def test_a_run_that_does_not_fit_is_proposed_otherwise(folder, capsys):
 
 
 def test_a_batch_that_does_not_fit_is_named(folder, capsys):
-    lines = report(folder, capsys, "--run.batch_size", "8388608")
+    lines = report(folder, capsys, "--run.batch_size", "16777216")
     assert re.search(r"does not fit; the largest batch that does is \d+$", lines["configured"])
 
 
@@ -140,7 +140,7 @@ def test_runs_over_some_layers(folder, capsys):
 
 
 def test_nothing_fits(folder, capsys):
-    lines = report(folder, capsys, devices=("--devices", "2", "--memory", "100kB".replace("kB", "")))
+    lines = report(folder, capsys, devices=("--devices", "2", "--memory", "100"))
     assert lines["proposed"].startswith("nothing fits, not even a layer by itself")
     assert lines["time"].startswith("not known, since the devices' speed is not")
     assert "input" not in lines

@@ -47,7 +47,7 @@ def test_a_mesh_that_would_fit_is_named(monkeypatch):
 
 def test_runs_over_some_layers_are_named_where_no_mesh_fits(monkeypatch):
     asked = demand(exemplars={"k": 300})
-    monkeypatch.setattr(refusal, "device_memory", lambda: 60 * 2**20)
+    monkeypatch.setattr(refusal, "device_memory", lambda: 40 * 2**20)
     with pytest.raises(
         JaxplainError, match=r"take the layers in 3 runs, such as neurons.layers 0:1 and 1:2, each"
     ):

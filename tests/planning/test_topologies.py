@@ -33,7 +33,8 @@ def test_a_step_talks_over_model_alone(data, model):
 def test_memory_is_about_as_predicted():
     found = compile_for_topology(asked(), "v5e:2x4", data=4, model=2, batch=128)
     predicted = memory(asked(), data=4, model=2, batch=128, tiled=True)
-    assert predicted.weights + predicted.state == pytest.approx(found.arguments, rel=0.05)
+    assert predicted.weights + predicted.state == pytest.approx(found.arguments + found.unread, rel=0.05)
+    assert found.unread == 4096 * 512 * 2 // 2
     assert 0.3 < predicted.temporaries / found.temporaries < 3
     assert found.outputs < 0.01 * found.arguments
 

@@ -61,6 +61,8 @@ def sbatch(words):
         options = parse("sbatch", [word for line in lines for word in line.split()])[0] | options
     print(job if "--parsable" in options else f"Submitted batch job {job}", flush=True)
     if not dependency_holds(options.get("--dependency")):
+        if options.get("--kill-on-invalid-dep") != "yes":
+            sys.exit("the job would wait for ever")
         (folder / "status").write_text("never")
         return
     first, _, last = options.get("--array", "none").partition("-")
