@@ -22,6 +22,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 SOURCE_VARIABLES = ("DATASET_NAME", "DATASET_CONFIG", "DATASET_SPLIT", "VALUEEVAL_DIR", "VALUEEVAL_SPLITS")
 PRESETS = Path(__file__).resolve().parents[1] / "jaxplain/corpora/presets"
@@ -75,7 +76,7 @@ def sources(environment: Mapping[str, str]) -> list[dict[str, object]]:
     return found
 
 
-def refuse(name: str, value: object, remedy: str) -> None:
+def refuse(name: str, value: object, remedy: str) -> NoReturn:
     """End the program as jaxplain's commands end it for bad input."""
     print(f"error: {name} is {value!r}; {remedy}.", file=sys.stderr)
     sys.exit(2)

@@ -129,7 +129,6 @@ def _run(command: Sequence[str]) -> str:
         refuse("the command", command[0], "it is not there; run this where Slurm is")
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)
-    raise AssertionError("refuse() does not return")
 
 
 if __name__ == "__main__":

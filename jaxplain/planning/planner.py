@@ -191,7 +191,7 @@ def _compile(
     assert target.topology is not None
     most = choice.batch // choice.data
     for rows in dict.fromkeys((most, most // 2, most // 4, 1)):
-        batch = max(rows, 1) * choice.data
+        batch = rows * choice.data
         try:
             found = compile_for_topology(
                 demand, target.topology, data=choice.data, model=choice.model, batch=batch
