@@ -150,6 +150,16 @@ def test_extract_takes_the_flags(tmp_path):
         main([*flags, "--processes", "2"])
 
 
+def test_several_processes_are_refused_for_now(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+    source = '[{"dataset": "json"}]'
+    flags = ["--subject.id", "m", "--output", str(tmp_path), "--corpus.sources", source]
+    with pytest.raises(
+        JaxplainError, match=r"^2 processes joined, but one run is not spread over processes yet"
+    ):
+        main(flags)
+
+
 SUM = """
 import json, sys
 import jax

@@ -5,9 +5,12 @@ import os
 import signal
 import time
 
+import numpy as np
 import pytest
 import yaml
 
+import jaxplain
+from tests import tiny
 from tests.launch.conftest import LAUNCH
 
 SBATCH = LAUNCH / "slurm.sbatch"
@@ -228,3 +231,35 @@ def test_a_remote_output_has_its_configs_in_a_folder(cluster):
     slices(cluster, "2", "--folder", "parts", OUTPUT_DIR="gs://b/o/")
     assert read(cluster.calls()[0])["output"] == "gs://b/o/slices/0"
     assert (cluster.folder / "parts/1.yaml").exists()
+
+
+def test_slices_of_a_real_corpus_are_extracted(cluster):
+    """Between them the slices read every document once."""
+    tiny.write_model(cluster.folder / "model")
+    tiny.write_corpus(cluster.folder / "docs.jsonl", 40)
+    config = {
+        "subject": {"id": "model"},
+        "corpus": {
+            "sources": [{"dataset": "json", "data_files": "docs.jsonl"}],
+            "sequence_length": 16,
+            "windows": "head",
+            "max_sequences": 100,
+            "splits": {"train": 1.0},
+        },
+        "neurons": {"layers": [0], "indices": [1, 2]},
+        "exemplars": {"k": 3, "splits": ["train"]},
+        "run": {"batch_size": 8, "progress": False},
+        "output": "run",
+    }
+    (cluster.folder / "run.yaml").write_text(yaml.safe_dump(config))
+    slices(cluster, "2", REAL="jaxplain.extract", PYTHONPATH=str(LAUNCH.parent), XLA_FLAGS="")
+    logs = "".join(log.read_text() for log in (cluster.folder / "slurm").glob("log-*"))
+    documents = []
+    for number in range(2):
+        store = cluster.folder / f"run/slices/{number}"
+        assert store.exists(), logs
+        split = jaxplain.open_store(store)["train"]
+        documents.append(set(split.sequences(np.arange(split.sequence_count))["document"].tolist()))
+    assert [len(found) for found in documents] == [20, 20]
+    assert not documents[0] & documents[1]
+    assert cluster.calls("jaxplain.merge") == [["run", "run/slices/0", "run/slices/1"]]
