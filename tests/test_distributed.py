@@ -166,11 +166,12 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxplain.configs.distributed import DistributedConfig
 from jaxplain.distributed import join
 join(DistributedConfig(**json.loads(sys.argv[1])))
-mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+from jaxplain.mesh import mesh_over
+mesh = mesh_over(jax.devices(), 4, 1)
 x = jax.make_array_from_callback((4,), NamedSharding(mesh, P("data")), lambda i: np.arange(1.0, 5.0)[i])
 add = jax.shard_map(lambda x: jax.lax.psum(x, "data"), mesh=mesh, in_specs=P("data"), out_specs=P())
 print(json.dumps([jax.process_index(), jax.process_count(), float(jax.jit(add)(x)[0])]))

@@ -6,15 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh
 from transformers import AutoConfig
 
 from jaxplain.configs.extraction import ExtractConfig, SubjectConfig
 from jaxplain.errors import JaxplainError, first_line
 from jaxplain.exemplars.reduction import LayerReduction, empty_reduction
 from jaxplain.exemplars.selection import Selection
+from jaxplain.mesh import mesh_over
 from jaxplain.subjects.architecture import Architecture
 from jaxplain.subjects.decoder import Decoder
 from jaxplain.subjects.families import architecture_of
@@ -148,9 +147,7 @@ def _layer_state(
     kinds: tuple[Any, ...], neurons: int, k: int, tokens: int, sampled_tokens: int, dtype: str
 ) -> LayerReduction:
     """A reduction of one data shard, as shapes."""
-    mesh = Mesh(
-        np.array(jax.devices()[:1]).reshape((1, 1)), ("data", "model"), axis_types=(AxisType.Auto,) * 2
-    )
+    mesh = mesh_over(jax.devices()[:1], 1, 1)
     return jax.eval_shape(
         lambda: empty_reduction(
             kinds=kinds,

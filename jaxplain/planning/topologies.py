@@ -15,12 +15,13 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxplain.errors import JaxplainError, first_line
 from jaxplain.exemplars.reduction import Rows, partition_specs
 from jaxplain.exemplars.step import make_step
+from jaxplain.mesh import mesh_over
 from jaxplain.planning.collectives import collectives
 from jaxplain.planning.demand import Demand
 from jaxplain.planning.memory import weight_bytes
@@ -161,4 +162,4 @@ def _mesh(topology: str, data: int, model: int) -> Mesh:
         raise JaxplainError(
             f"--topology is {topology!r}, for which libtpu does not compile: {first_line(error)}."
         ) from error
-    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return mesh_over(devices, data, model)

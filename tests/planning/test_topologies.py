@@ -3,10 +3,13 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import yaml
+from jax.experimental.topologies import get_topology_desc
 
 from jaxplain.errors import JaxplainError
+from jaxplain.mesh import mesh_over
 from jaxplain.plan import main
 from jaxplain.planning.flops import flops_per_sequence
 from jaxplain.planning.memory import memory
@@ -46,6 +49,18 @@ def test_work_of_a_device_falls_with_their_number():
     ]
     assert flops[0] == pytest.approx(4 * flops[1], rel=0.05)
     assert flops[0] == pytest.approx(32 * flops_per_sequence(asked()), rel=0.1)
+
+
+def test_slices_lie_along_data():
+    devices = get_topology_desc("v5e:2x2", platform="tpu", num_slices=2).devices
+    mesh = mesh_over(devices, 4, 2)
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    np.testing.assert_array_equal(slices, [[0, 0], [0, 0], [1, 1], [1, 1]])
+
+
+def test_axes_may_split_those_of_the_torus():
+    found = compile_for_topology(asked(), "v5p:4x4x4", data=8, model=8, batch=64)
+    assert found.collectives["data"] == {}
 
 
 def test_what_does_not_fit_is_said():
