@@ -29,6 +29,11 @@ class Runs:
     layers: list[list[int]]
     choice: Choice
 
+    @property
+    def hardest(self) -> list[int]:
+        """As many layers as the first run keeps, which none exceeds, up to the last, with all the weights."""
+        return [layer for part in self.layers for layer in part][-len(self.layers[0]) :]
+
 
 def chosen(demand: Demand, target: Target, *, data: int, model: int, batch: int) -> Choice:
     """A mesh and batch that are given."""
@@ -66,9 +71,7 @@ def propose_runs(demand: Demand, target: Target) -> Runs | None:
     for count in range(1, len(layers) + 1):
         size = math.ceil(len(layers) / count)
         parts = [layers[start : start + size] for start in range(0, len(layers), size)]
-        # The last run has the most weights, and no run has more layers to keep than the first.
-        hardest = demand.of_layers(layers[-size:])
-        if len(parts) == count and (choice := propose(hardest, target)):
+        if len(parts) == count and (choice := propose(demand.of_layers(layers[-size:]), target)):
             return Runs(layers=parts, choice=choice)
     return None
 

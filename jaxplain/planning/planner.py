@@ -175,7 +175,7 @@ def _why_not(target: Target, compiling: bool) -> str | None:
 def _compile(
     demand: Demand, target: Target, configured: Choice | None, runs: Runs | None
 ) -> tuple[Compiled, list[int]]:
-    """The step of the config where it fits, else of the proposal's last run, which has the most weights.
+    """The step of the config where it fits, else of what is hardest in the proposal's runs.
 
     Batches are halved where the compiler needs more than was estimated. Raises TooLargeError where that does
     not help.
@@ -183,7 +183,7 @@ def _compile(
     choice = configured
     if choice is None or choice.memory.total > target.memory:
         choice = runs.choice if runs is not None else choice
-        demand = demand.of_layers(runs.layers[-1]) if runs is not None else demand
+        demand = demand.of_layers(runs.hardest) if runs is not None else demand
     if choice is None:
         raise JaxplainError(
             f"no mesh over {target.name} divides the subject's {demand.arch.neurons} neurons."

@@ -63,6 +63,7 @@ def test_runs_over_some_layers_where_all_do_not_fit():
     last = asked.of_layers([1, 2])
     found = propose_runs(asked, target(2, needed(last, model=2, rows=16)))
     assert found.layers == [[0, 1], [2]]
+    assert found.hardest == [1, 2]
     assert found.choice.memory == chosen(last, target(2, 1), data=1, model=2, batch=16).memory
     single = propose_runs(asked, target(2, needed(asked.of_layers([2]), model=2, rows=1)))
     assert single.layers == [[0], [1], [2]]
