@@ -28,7 +28,8 @@ from jaxplain.exemplars.extraction import Extraction
 from jaxplain.exemplars.selection import Selection, select_neurons
 from jaxplain.exemplars.step import make_step
 from jaxplain.exemplars.token_sums import choose_neurons
-from jaxplain.mesh import make_mesh
+from jaxplain.mesh import make_mesh, undivided_width
+from jaxplain.planning.refusal import require_memory
 from jaxplain.processes import (
     exchange,
     first_works,
@@ -45,7 +46,6 @@ from jaxplain.stopping import StopRequest
 from jaxplain.store.files import Files
 from jaxplain.store.schema import STORE_NAME
 from jaxplain.store.writer import StoreWriter, blocks_of, unfinished_store
-from jaxplain.subjects.architecture import Architecture
 from jaxplain.subjects.decoder import Decoder
 from jaxplain.subjects.parity import differences, require_parity, require_torch, table_of, torch_reference
 from jaxplain.subjects.subject import Subject, open_subject
@@ -146,8 +146,9 @@ def _prepare(config: ExtractConfig) -> tuple[Subject, list[Source], Selection, M
     mesh = make_mesh(
         config.run.mesh,
         batch_size=config.run.batch_size,
-        mlp_width=_undivided_width(subject.arch, config.run.mesh.model),
+        mlp_width=undivided_width(subject.arch, config.run.mesh.model),
     )
+    require_memory(config, selection, mesh)
     sources = [
         open_source(source, subject.tokenizer, valueeval_dir=config.corpus.valueeval_dir)
         for source in config.corpus.sources
@@ -243,7 +244,7 @@ def _extract_splits(
 
 def _checkpoint_folder(config: ExtractConfig) -> str | None:
     """Where checkpoints go; None where nowhere."""
-    folder = config.run.checkpoint_folder or (None if "://" in config.output else config.output)
+    folder = config.saves_in
     return None if folder is None else _join(folder, f"{STORE_NAME}.checkpoints")
 
 
@@ -282,12 +283,6 @@ def _report(split: str, table: TokenTable, config: CorpusConfig) -> None:
         print(f"{split}: {', '.join(table.exhausted)} ran out, so {then}")
     if table.repeated:
         print(f"{split}: {table.repeated} repeated sequences were left out")
-
-
-def _undivided_width(arch: Architecture, parts: int) -> int:
-    """The neurons of a layer that does not divide into parts, where there is one; else those of any."""
-    widths = [sum(arch.expert_widths(layer)) for layer in range(arch.layers)]
-    return next((width for width in widths if parts < 1 or width % parts), widths[0])
 
 
 def _python() -> str:

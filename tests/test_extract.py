@@ -274,7 +274,10 @@ def test_help_describes_every_field():
         (["--corpus.sources", "[{preset: chitchat, text_column: a}]"], "sets text_column itself"),
         (["--output", ""], "output is ''; name a folder"),
         (["--neurons.layers", "[99999999999999999999]"], "names layer 99999999999999999999, but"),
-        (["--exemplars.k", "1000000000"], "too little memory for exemplars.k 1000000000"),
+        (
+            ["--exemplars.k", "1000000000"],
+            r"GiB of exemplars and statistics, and has [\d.]+ GiB; lower exemplars.k",
+        ),
         (["--subject.id", ""], "subject.id is '', but there is no such folder"),
         (["--neurons.layers", "[3]"], "names layer 3, but the subject's layers are 0 to 2"),
         (["--neurons.indices", "[-1]"], "names neuron -1, but the subject's neurons are 0 to 47"),

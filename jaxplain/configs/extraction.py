@@ -486,6 +486,11 @@ class ExtractConfig:
                 f"corpus.splits has {', '.join(self.corpus.splits)}",
             )
 
+    @property
+    def saves_in(self) -> str | None:
+        """The folder under which checkpoints are saved; None where none are."""
+        return self.run.checkpoint_folder or (None if "://" in self.output else self.output)
+
 
 def recorded(config: object) -> dict[str, object]:
     """A config as stores record it: a mapping of all its fields, but for later ones at their defaults."""

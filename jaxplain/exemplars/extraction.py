@@ -5,14 +5,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Int
 
-from jaxplain.configs.extraction import ExtractConfig, StatisticsConfig
+from jaxplain.configs.extraction import ExtractConfig
 from jaxplain.corpora.cutting import PADDING
 from jaxplain.corpora.tokens import TokenBatch, token_batches
 from jaxplain.errors import JaxplainError
@@ -21,17 +20,13 @@ from jaxplain.exemplars.clock import InputClock
 from jaxplain.exemplars.draws import Draws, TableBlock, draw
 from jaxplain.exemplars.merging import Ranked, merge_partials, merge_top
 from jaxplain.exemplars.moments import merge_moments
-from jaxplain.exemplars.reduction import KINDS, Rows, empty_reduction
+from jaxplain.exemplars.reduction import Rows, empty_reduction
 from jaxplain.exemplars.selection import Selection
+from jaxplain.exemplars.states import padded, sampled_tokens, state_options, strata_of, summed_columns
 from jaxplain.exemplars.step import Reductions, Step
-from jaxplain.exemplars.strata import RankedSequences, Stratum, choose, kept_of_draws, plan_strata
+from jaxplain.exemplars.strata import RankedSequences, Stratum, choose
 from jaxplain.exemplars.token_sample import merge_sample
-from jaxplain.exemplars.token_sums import (
-    TokenSums,
-    merge_token_sums,
-    spread_over_shards,
-    strongest_tokens,
-)
+from jaxplain.exemplars.token_sums import TokenSums, merge_token_sums, strongest_tokens
 from jaxplain.processes import gathered, leads, require_agreement, wait_for_others
 from jaxplain.progress import Progress
 from jaxplain.stopping import StopRequest
@@ -78,7 +73,7 @@ class Extraction:
                 "that can be counted; lower corpus.max_sequences or spread over more devices."
             )
         drawn = self._draw(table)
-        strata = self._strata(drawn.rows)
+        strata = strata_of(config.exemplars, drawn.rows)
         checkpoints = SplitCheckpoints(
             folder,
             split=split,
@@ -92,7 +87,7 @@ class Extraction:
         clock = InputClock()
         try:
             with checkpoints:
-                first, reductions = self._start(checkpoints, drawn, strata, rows=rows)
+                first, reductions = self._start(checkpoints, drawn, rows=rows)
                 batches = token_batches(
                     table,
                     batch_size=config.run.batch_size,
@@ -148,13 +143,6 @@ class Extraction:
         wait_for_others(f"the exemplars of {split}")
         writer.finish_split(split)
 
-    def _strata(self, rows: int | None = None) -> tuple[Stratum, ...]:
-        """The strata of kind quantile, none without it; `rows` is how many sequences can be drawn."""
-        exemplars = self.config.exemplars
-        if "quantile" not in exemplars.kinds:
-            return ()
-        return plan_strata(exemplars.strata, wanted=exemplars.samples_per_quantile, rows=rows)
-
     def _draw(self, table: dict[str, ts.TensorStore]) -> Draws:
         """What is drawn at random from the split."""
         rows = table["token"].shape[0]
@@ -169,31 +157,27 @@ class Extraction:
         return draw(
             map(block, range(0, rows, _ROWS_PER_BLOCK)),
             seed=self.config.corpus.seed,
-            sequences=max((stratum.drawn for stratum in self._strata()), default=0),
+            sequences=max((stratum.drawn for stratum in strata_of(self.config.exemplars)), default=0),
             tokens=sampled_tokens(self.config.statistics, self.selection),
         )
 
-    def _start(
-        self, checkpoints: SplitCheckpoints, drawn: Draws, strata: Sequence[Stratum], *, rows: int
-    ) -> tuple[int, Reductions]:
+    def _start(self, checkpoints: SplitCheckpoints, drawn: Draws, *, rows: int) -> tuple[int, Reductions]:
         """The first row to read, and the reductions of those before."""
-        exemplars, tokens = self.config.exemplars, self.config.corpus.sequence_length
-        neurons = self._padded_neurons()
+        tokens = self.config.corpus.sequence_length
 
         def empty() -> Reductions:
             return {
                 layer: empty_reduction(
-                    kinds=tuple(kind for kind in KINDS if kind in exemplars.kinds),
-                    neurons=len(neurons[layer]) if layer in neurons else self.selection.width(layer),
-                    k=exemplars.k,
-                    tokens=tokens,
-                    sampled_tokens=len(drawn.token_M),
-                    dtype=jnp.dtype(exemplars.activation_dtype),
+                    **state_options(
+                        self.config,
+                        self.selection,
+                        layer,
+                        shards=self.mesh.shape["model"],
+                        rows=drawn.rows,
+                        sampled=len(drawn.token_M),
+                        tabled=self.tabled,
+                    ),
                     mesh=self.mesh,
-                    draws=kept_of_draws(strata),
-                    summed=self._summed(layer)[0] if layer in self.tabled else None,
-                    vocabulary=self.vocabulary,
-                    **self._experts(layer),
                 )
                 for layer in self.selection.indices
             }
@@ -292,28 +276,13 @@ class Extraction:
             )
 
         return {
-            layer: on_mesh(self._padded(indices))
+            layer: on_mesh(padded(indices, self.mesh.shape["model"]))
             for layer, indices in self.selection.indices.items()
             if len(indices) < self.selection.width(layer)
         }
 
-    def _experts(self, layer: int) -> dict[str, Any]:
-        """What a reduction is told of a layer's experts."""
-        if not self.selection.arch.routed_experts(layer):
-            return {}
-        experts = len(self.selection.arch.expert_widths(layer))
-        return {"experts": experts, "expert_F": self._padded(self.selection.expert_of(layer))}
-
-    def _padded(self, values_N: np.ndarray) -> Int[np.ndarray, "N"]:
-        """The last one repeated until the mesh divides them."""
-        missing = -len(values_N) % self.mesh.shape["model"]
-        return np.pad(values_N, (0, missing), mode="edge").astype(np.int32)
-
     def _summed(self, layer: int) -> tuple[Int[np.ndarray, "C"], Int[np.ndarray, "N"]]:
-        """Where a layer's neurons with a table are summed up; see `token_sums.spread_over_shards`."""
-        kept, shards = self.selection.indices[layer], self.mesh.shape["model"]
-        place_N = np.searchsorted(kept, self.tabled[layer])
-        return spread_over_shards(place_N, neurons=len(kept) + -len(kept) % shards, shards=shards)
+        return summed_columns(self.selection, self.tabled, layer, self.mesh.shape["model"])
 
     def _tabled_names(self) -> Int[np.ndarray, "C _"] | None:
         """What the neurons with a table are called."""
@@ -399,11 +368,6 @@ class Extraction:
                 table, kept=config.count, min_count=config.min_count, lowest=sign == "min"
             )
             out.write_token_table(sign, first, token_NR=token_NR, mean_NR=mean_NR, count_NR=count_NR)
-
-
-def sampled_tokens(config: StatisticsConfig, selection: Selection) -> int:
-    """How many tokens to draw for quantiles: on average an expert reads as many as the config says."""
-    return config.sampled_tokens * selection.tokens_per_read if config.quantiles else 0
 
 
 def _sequences(ranked: Ranked, kept: slice, *, sign: int = 1) -> RankedSequences:

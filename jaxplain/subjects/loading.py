@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
 
@@ -74,7 +74,7 @@ def load_decoder(
     return model
 
 
-def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+def partition(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """Where a parameter lies: by its axis letters, on `model` if it divides, else on every device."""
     letters = name.rsplit("_", 1)[1]
     size = mesh.shape["model"]

@@ -16,13 +16,13 @@ from jaxplain.exemplars.step import make_step
 from jaxplain.exemplars.strata import choose, kept_of_draws, plan_strata
 from jaxplain.exemplars.token_sample import merge_sample
 from jaxplain.exemplars.token_sums import merge_token_sums, spread_over_shards
+from jaxplain.planning.collectives import collectives, lines_over_data
 from jaxplain.subjects.architecture import Architecture
 from jaxplain.subjects.decoder import Decoder
 from jaxplain.subjects.loading import partition
 from jaxplain.subjects.mixture import Routed
 from tests import oracle
 from tests.exemplars.test_reduction import MESHES, drawn_from, fold_batch, make_mesh
-from tests.exemplars.test_step import COLLECTIVE, groups_over_data
 
 WIDTHS = (5, 5, 5, 9)
 """Three experts that tokens are routed to, and a shared one: 24 neurons."""
@@ -317,9 +317,9 @@ def compiled_step(mesh, experts):
 def test_no_collective_over_the_data_axis(shape, experts):
     mesh = make_mesh(*shape)
     text = compiled_step(mesh, experts).as_text()
-    assert groups_over_data(text, mesh) == []
+    assert lines_over_data(text, mesh) == []
     if shape[1] > 1:
-        assert COLLECTIVE.search(text), "tensor parallelism must communicate over the model axis"
+        assert collectives(text, mesh)["model"], "tensor parallelism must communicate over the model axis"
 
 
 def test_state_is_updated_in_place():

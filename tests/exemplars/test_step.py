@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxplain.exemplars.reduction import KINDS, Rows, empty_reduction
 from jaxplain.exemplars.step import make_step
+from jaxplain.planning.collectives import collectives, lines_over_data
 from jaxplain.subjects.architecture import Architecture
 from jaxplain.subjects.decoder import Decoder
 from jaxplain.subjects.loading import partition
@@ -84,56 +85,13 @@ def test_state_is_updated_in_place():
     assert analysis.alias_size_in_bytes > 0.99 * analysis.output_size_in_bytes
 
 
-COLLECTIVE = re.compile(r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)[\w.-]*\(.*")
-
-
-IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
-
-
-def numbers(text):
-    return [int(x) for x in text.split(",")]
-
-
-def arranged(shape, order, count):
-    """Device numbers in XLA's notation: counted up in a shape, then transposed, then flattened."""
-    devices = np.arange(count).reshape(numbers(shape))
-    return (devices.transpose(numbers(order)) if order else devices).ravel()
-
-
-def device_groups(line, count):
-    """The groups of devices that a collective joins, from any of the notations that XLA prints."""
-    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", line):
-        return [numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1])]
-    if iota := re.search(rf"replica_groups=\[([\d,]+)\]<={IOTA}", line):
-        return arranged(iota[2], iota[3], count).reshape(numbers(iota[1])).tolist()
-    if axes := re.search(rf"replica_groups=mesh\[(.*?)\](?:, device_ids=\({IOTA}\))? \{{(.*?)\}}", line):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes[1])}
-        joined = re.findall(r"'(\w+)'", axes[4])
-        devices = arranged(axes[2] or str(count), axes[3], count).reshape(list(sizes.values()))
-        last = [list(sizes).index(name) for name in joined]
-        devices = np.moveaxis(devices, last, range(-len(last), 0))
-        return devices.reshape(-1, int(np.prod([sizes[name] for name in joined]))).tolist()
-    return [list(range(count))]
-
-
-def groups_over_data(text, mesh):
-    """Collectives of a compiled program that join devices of different data shards."""
-    model = mesh.shape["model"]
-    return [
-        line.strip()[:250]
-        for line in text.splitlines()
-        if COLLECTIVE.search(line)
-        and any(len({device // model for device in g}) > 1 for g in device_groups(line, mesh.size))
-    ]
-
-
 @pytest.mark.parametrize("shape", [(8, 1), (2, 4), (4, 2)])
 def test_no_collective_over_the_data_axis(shape):
     mesh = make_mesh(*shape)
     text = compiled_step(2, mesh).as_text()
-    assert groups_over_data(text, mesh) == []
+    assert lines_over_data(text, mesh) == []
     if shape[1] > 1:
-        assert COLLECTIVE.search(text), "tensor parallelism must communicate over the model axis"
+        assert collectives(text, mesh)["model"], "tensor parallelism must communicate over the model axis"
 
 
 def test_the_search_for_collectives_finds_them():
@@ -143,8 +101,8 @@ def test_the_search_for_collectives_finds_them():
         lambda x: jax.lax.psum(x, "model"), mesh=mesh, in_specs=P(None, "model"), out_specs=P()
     )
     x = jnp.ones((8, 8))
-    assert groups_over_data(jax.jit(over_data).lower(x).compile().as_text(), mesh)
-    assert not groups_over_data(jax.jit(over_model).lower(x).compile().as_text(), mesh)
+    assert lines_over_data(jax.jit(over_data).lower(x).compile().as_text(), mesh)
+    assert not lines_over_data(jax.jit(over_model).lower(x).compile().as_text(), mesh)
 
 
 def test_what_nobody_reads_is_not_computed():

@@ -1,0 +1,1 @@
+"""What an extraction will cost, said before anything is spent."""
