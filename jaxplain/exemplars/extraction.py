@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxplain.configs.extraction import ExtractConfig
 from jaxplain.corpora.tokens import TokenBatch, token_batches
@@ -17,7 +17,7 @@ from jaxplain.errors import JaxplainError
 from jaxplain.exemplars.merging import merge_partials, merge_sample
 from jaxplain.exemplars.moments import merge_moments
 from jaxplain.exemplars.quantiles import lower_tail, quantiles, upper_tail
-from jaxplain.exemplars.reduction import Rows, empty_reduction
+from jaxplain.exemplars.reduction import LayerReduction, Rows, empty_reduction
 from jaxplain.exemplars.selection import Selection
 from jaxplain.exemplars.step import Reductions, Step
 from jaxplain.progress import Progress
@@ -70,6 +70,7 @@ class Extraction:
             tokens=config.corpus.sequence_length,
             activation_dtype=config.exemplars.activation_dtype,
             quantiles=config.statistics.quantiles,
+            sampled_tokens=config.statistics.sampled_tokens if config.statistics.quantiles else 0,
         )
         with progress(total=len(reductions), desc=f"{split}: write", unit="layers") as bar:
             self._write(reductions, out, bar.update)
@@ -164,13 +165,14 @@ class Extraction:
                     sequence_NR=np.asarray(ranked.sequence_FR)[kept],
                     activation_NRT=activation_NRT,
                 )
+            sample_NM = self._write_sample(reduction, out, place, columns)
             out.write_statistics(
                 place,
                 columns,
                 quantile=quantiles(
                     np.array(self.config.statistics.quantiles),
                     int(statistics.count_F[0]),
-                    np.asarray(merge_sample(reduction, self.mesh))[kept],
+                    sample_NM,
                     upper=tails.get("max"),
                     lower=tails.get("min"),
                 ),
@@ -182,6 +184,22 @@ class Extraction:
                 fraction_active=statistics.fraction_active_F[kept],
             )
             advance(1)
+
+    def _write_sample(
+        self, reduction: LayerReduction, out: SplitWriter, place: int, columns: Int[np.ndarray, "N"]
+    ) -> Float[np.ndarray, "N M"]:
+        """Write a layer's sampled tokens, for which quantiles are known, and give their activations."""
+        ranked = merge_sample(reduction, self.mesh)
+        sample_NM = np.asarray(ranked.activation_FRT)[: len(columns), :, 0]
+        if self.config.statistics.quantiles:
+            lottery_M = np.asarray(ranked.priority_FR[0])
+            if place == 0:
+                out.write_draws(
+                    lottery_M=np.where(np.isfinite(lottery_M), lottery_M, np.nan),
+                    sequence_M=np.asarray(ranked.sequence_FR[0]),
+                )
+            out.write_sample(place, columns, sample_NM)
+        return sample_NM
 
 
 def counted_tokens(

@@ -31,10 +31,9 @@ def merge_partials(reduction: LayerReduction, mesh: Mesh) -> dict[str, Ranked]:
     }
 
 
-def merge_sample(reduction: LayerReduction, mesh: Mesh) -> Float[Array, "F M"]:
-    """A layer's activations at the tokens drawn for quantiles, NaN where there are fewer."""
-    ranked = jax.jit(_merge, static_argnames="mesh")(reduction.tokens, mesh=mesh)
-    return ranked.activation_FRT[:, :, 0]
+def merge_sample(reduction: LayerReduction, mesh: Mesh) -> Ranked:
+    """A layer's tokens drawn for quantiles, as sequences of one token; the same ones for all neurons."""
+    return jax.jit(_merge, static_argnames="mesh")(reduction.tokens, mesh=mesh)
 
 
 def _merge(top: TopK, *, mesh: Mesh) -> Ranked:

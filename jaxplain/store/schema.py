@@ -8,6 +8,8 @@
 <split>/{max,min,random}/{score,sequence,activation}    exemplars, strongest first
 <split>/stats/{count,mean,variance,skewness,kurtosis,fraction_active,quantile}
 <split>/quantile                         coordinate: the levels of stats/quantile
+<split>/sample/{lottery,sequence}        the tokens drawn for quantiles, in stores that have these
+<split>/sample/activation                what every neuron does at each of them
 
 Chunks hold whole neurons, so that one neuron is one read; shards keep the number of files low.
 """
@@ -22,10 +24,13 @@ STORE_NAME = "exemplars.zarr"
 
 STATISTICS = ("count", "mean", "variance", "skewness", "kurtosis", "fraction_active")
 QUANTILE = "quantile"
+SAMPLE = "sample"
 
 _ROWS_PER_CHUNK = 64
 _CHUNKS_PER_SHARD = 1024
+ROWS_PER_SHARD = _ROWS_PER_CHUNK * _CHUNKS_PER_SHARD
 _NEURONS_PER_CHUNK = 64
+_SHARD_BYTES = 2**26
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,14 +92,14 @@ def sequence_arrays(*, sequences: int, tokens: int) -> dict[str, ArraySpec]:
     """The token table (int32, -1 where there is no token) and the provenance of its rows."""
 
     def spec(dtype: str, *tail: int) -> ArraySpec:
-        chunk = (_ROWS_PER_CHUNK if tail else _ROWS_PER_CHUNK * _CHUNKS_PER_SHARD, *tail)
+        chunk = (_ROWS_PER_CHUNK if tail else ROWS_PER_SHARD, *tail)
         return ArraySpec(
             dimensions=("sequence", "token")[: 1 + len(tail)],
             shape=(sequences, *tail),
             dtype=dtype,
             fill=-1,
             chunk=chunk,
-            shard=(_ROWS_PER_CHUNK * _CHUNKS_PER_SHARD, *tail),
+            shard=(ROWS_PER_SHARD, *tail),
         )
 
     provenance = {"corpus": "int32", "document": "int64", "start": "int32", "length": "int32"}
@@ -110,8 +115,8 @@ def kind_arrays(
     `activation` is NaN at tokens that do not count.
     """
     # One neuron's activations are a chunk; 64 MiB or so, and at most a layer, are a shard.
-    bytes_per_neuron = k * tokens * (2 if activation_dtype == "float16" else 4)
-    per_shard = max(1, min(neurons, 2**26 // bytes_per_neuron))
+    bytes_per_neuron = k * tokens * _bytes_of(activation_dtype)
+    per_shard = max(1, min(neurons, _SHARD_BYTES // bytes_per_neuron))
 
     def ranked(dtype: str, fill: int | str) -> ArraySpec:
         chunk = (1, min(neurons, _NEURONS_PER_CHUNK), k)
@@ -169,3 +174,35 @@ def statistics_arrays(*, layers: int, neurons: int, quantiles: int) -> dict[str,
         shard=(1, math.ceil(neurons / chunk[1]) * chunk[1], quantiles),
     )
     return single | {QUANTILE: several}
+
+
+def sample_arrays(*, layers: int, neurons: int, tokens: int, activation_dtype: str) -> dict[str, ArraySpec]:
+    """The `tokens` drawn at random for quantiles, the same for all neurons, by falling lottery number.
+
+    `lottery` is what each was drawn by (`corpora.hashing.token_lottery`), so that samples of slices can be
+    merged into one of all, and `sequence` the row that it stands in. Where fewer tokens count than were to be
+    drawn, the rest has lottery and activation NaN and sequence -1.
+    """
+
+    def drawn(dtype: str, fill: int | str) -> ArraySpec:
+        return dataclasses.replace(vector("draw", tokens, dtype), fill=fill)
+
+    chunk = (1, min(neurons, _NEURONS_PER_CHUNK), tokens)
+    chunk_bytes = chunk[1] * tokens * _bytes_of(activation_dtype)
+    chunks = max(1, min(math.ceil(neurons / chunk[1]), _SHARD_BYTES // chunk_bytes))
+    return {
+        "lottery": drawn("float32", "NaN"),
+        "sequence": drawn("int32", -1),
+        "activation": ArraySpec(
+            dimensions=("layer", "neuron", "draw"),
+            shape=(layers, neurons, tokens),
+            dtype=activation_dtype,
+            fill="NaN",
+            chunk=chunk,
+            shard=(1, chunks * chunk[1], tokens),
+        ),
+    }
+
+
+def _bytes_of(activation_dtype: str) -> int:
+    return 2 if activation_dtype == "float16" else 4

@@ -81,8 +81,9 @@ class StoreWriter:
         tokens: int,
         activation_dtype: str,
         quantiles: Sequence[float] = (),
+        sampled_tokens: int = 0,
     ) -> "SplitWriter":
-        """Make the split's empty arrays for exemplars and statistics."""
+        """Make the split's empty arrays for exemplars, statistics and, if any are sampled, tokens."""
         axes = {"layer": np.asarray(layers, np.int32), "neuron": np.asarray(neurons, np.int32)}
         if len(quantiles):
             axes[schema.QUANTILE] = np.asarray(quantiles, np.float64)
@@ -93,6 +94,10 @@ class StoreWriter:
         groups = {"stats": schema.statistics_arrays(**sizes, quantiles=len(quantiles))}
         for kind in kinds:
             groups[kind] = schema.kind_arrays(**sizes, k=k, tokens=tokens, activation_dtype=activation_dtype)
+        if sampled_tokens:
+            groups[schema.SAMPLE] = schema.sample_arrays(
+                **sizes, tokens=sampled_tokens, activation_dtype=activation_dtype
+            )
         arrays = {}
         for group, specs in groups.items():
             self._write_group(f"{split}/{group}")
@@ -132,8 +137,9 @@ class SplitWriter:
     ) -> None:
         """Write one layer's exemplars of one kind; `layer` and `columns` are places on the axes."""
         values = {"score": score_NR, "sequence": sequence_NR, "activation": activation_NRT}
+        place = _span(columns)
         self._files.write(
-            *((self._arrays[f"{kind}/{name}"][layer, columns], array) for name, array in values.items())
+            *((self._arrays[f"{kind}/{name}"][layer, place], array) for name, array in values.items())
         )
 
     def write_statistics(self, layer: int, columns: Int[np.ndarray, "N"], **values_N: np.ndarray) -> None:
@@ -146,6 +152,19 @@ class SplitWriter:
             )
         )
 
+    def write_draws(self, *, lottery_M: Float[np.ndarray, "M"], sequence_M: Int[np.ndarray, "M"]) -> None:
+        """Write which tokens were drawn for quantiles; see `schema.sample_arrays`."""
+        values = {"lottery": lottery_M, "sequence": sequence_M}
+        self._files.write(
+            *((self._arrays[f"{schema.SAMPLE}/{name}"], array) for name, array in values.items())
+        )
+
+    def write_sample(
+        self, layer: int, columns: Int[np.ndarray, "N"], activation_NM: Float[np.ndarray, "N M"]
+    ) -> None:
+        """Write one layer's activations at the drawn tokens."""
+        self._files.write((self._arrays[f"{schema.SAMPLE}/activation"][layer, _span(columns)], activation_NM))
+
 
 def blocks_of(rows: Iterable[SequenceBlock], size: int) -> Iterator[SequenceBlock]:
     """Join single rows into blocks of up to `size`."""
@@ -157,6 +176,13 @@ def blocks_of(rows: Iterable[SequenceBlock], size: int) -> Iterator[SequenceBloc
             held = []
     if held:
         yield _join(held)
+
+
+def _span(columns: Int[np.ndarray, "N"]) -> np.ndarray | slice:
+    """Neighbouring columns as a slice, which is written many times as fast as single places."""
+    if len(columns) and np.array_equal(columns, np.arange(columns[0], columns[0] + len(columns))):
+        return slice(int(columns[0]), int(columns[0]) + len(columns))
+    return columns
 
 
 def _join(blocks: Sequence[SequenceBlock]) -> SequenceBlock:

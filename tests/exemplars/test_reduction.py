@@ -120,7 +120,7 @@ def test_the_sampled_tokens_are_those_with_the_highest_draw(shape, sampled):
     acts_NTF, counted_NT, lottery_N = draw(0, 51, 7, 16)
     mesh = make_mesh(*shape)
     reduction = reduced(acts_NTF, counted_NT, lottery_N, 6, 8, mesh, None, sampled)
-    found_FM = np.asarray(merge_sample(reduction, mesh))
+    found_FM = np.asarray(merge_sample(reduction, mesh).activation_FRT)[:, :, 0]
     order = np.argsort(np.where(counted_NT, -token_lottery(counted_NT), np.inf).ravel(), kind="stable")
     kept = order[: min(sampled, counted_NT.sum())]
     expected_FM = acts_NTF.reshape((-1, 16))[kept].T.astype(np.float16)
