@@ -4,9 +4,9 @@
 
 Makes stores of synthetic activations (float16, k = 100, 96 tokens; max, min and random, quantiles) in FOLDER
 (a temporary one by default), each of about so many gigabytes. Then, in turn, copies them all (cp -r) and
-merges them (python -m jaxplain.merge, its start included), each followed by sync; medians of so many
-rounds. The system holds the stores in its cache for both. MB/s are 10**6 bytes of the stores to be merged, as they are
-on disk, per second. Prints JSON.
+merges them (python -m jaxplain.merge, its start included), each followed by sync; medians over rounds. The
+system holds the stores in its cache for both. MB/s are 10**6 bytes of the stores to be merged, as they are on
+disk, per second. Prints JSON.
 """
 
 import argparse
