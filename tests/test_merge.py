@@ -132,6 +132,24 @@ def test_the_sampled_tokens_are_in_the_store(runs):
         np.testing.assert_allclose(activation[place], expected_FM, rtol=2e-3, atol=2e-3)
 
 
+def test_fewer_tokens_than_were_to_be_sampled(runs, tmp_path):
+    """All of them are, and the rest of the sample is empty."""
+    arguments = ["--statistics.sampled_tokens", "4000", "--output", str(tmp_path), "--neurons.layers", "[0]"]
+    extract(["--config", str(runs / "all.yaml"), *arguments])
+    split = jaxplain.open_store(tmp_path)["train"]
+    files = split.store._files
+    lottery, sequence, activation = files.read(
+        *(files.open_array(f"train/sample/{name}") for name in ("lottery", "sequence", "activation"))
+    )
+    count = split.neuron(0, 0).stats.count
+    assert 500 < count < 4000
+    assert (np.diff(lottery[:count]) <= 0).all()
+    assert (sequence[:count] >= 0).all()
+    assert (sequence[count:] == -1).all()
+    assert np.isnan(lottery[count:]).all()
+    assert np.isnan(activation[0]).sum(axis=1).tolist() == [4000 - count] * 48
+
+
 def test_errors_are_one_sentence_and_status_two(runs, tmp_path):
     arguments = [str(tmp_path / "out"), str(runs / "first"), str(runs / "first")]
     command = [sys.executable, "-m", "jaxplain.merge"]

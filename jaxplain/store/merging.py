@@ -30,6 +30,7 @@ from jaxplain.store.writer import SequenceBlock, StoreWriter
 BLOCKS_AT_ONCE = 3
 """While one block is computed, another is read and a third written."""
 
+_CACHE_BYTES = 2**22  # indices of files are read again and again, and values but once
 _TOKEN_BYTES_PER_READ = 2**26
 _MOST_SEQUENCES = 2**31 - 1
 
@@ -66,7 +67,7 @@ def merge_stores(
             f"{target} exists already; choose another folder, or replace it with --overwrite."
         )
     require_agreement(stores)
-    files = [Files(store.zarr_path, cache_bytes=0) for store in stores]
+    files = [Files(store.zarr_path, cache_bytes=_CACHE_BYTES) for store in stores]
     splits = {name: _slices(stores, files, name) for name in stores[0].splits}
 
     sequences = [{name: store[name].sequence_count for name in splits} for store in stores]

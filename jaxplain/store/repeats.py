@@ -8,9 +8,9 @@ often, whichever comes first.
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-import tensorstore as ts
 from jaxtyping import Int
 
 ROWS_PER_PASS = 2**22
@@ -19,7 +19,7 @@ ROWS_PER_PASS = 2**22
 _ROWS_PER_READ = 2**20
 _TOKEN_BYTES_PER_READ = 2**26
 
-Table = Mapping[str, ts.TensorStore]
+Table = Mapping[str, Any]
 """The arrays of a split's token table, by their names in `schema.sequence_arrays`."""
 
 Read = Callable[..., list[np.ndarray]]
@@ -71,13 +71,13 @@ def _token_digests(
     digest_N2 = np.zeros((len(row_N), 2), np.int64)
     for number, table in enumerate(tables):
         mine_N = np.flatnonzero(table_N == number)
+        if not len(mine_N):
+            continue
         mine_N = mine_N[np.argsort(row_N[mine_N])]
         for span in spans(len(mine_N), max(1, _TOKEN_BYTES_PER_READ // (4 * table["token"].shape[1]))):
             [token_NT] = read(table["token"][row_N[mine_N[span]]])
-            digests = [
-                hashlib.blake2b(row, digest_size=16).digest() for row in np.ascontiguousarray(token_NT)
-            ]
-            digest_N2[mine_N[span]] = np.frombuffer(b"".join(digests), np.int64).reshape((-1, 2))
+            digests = b"".join(hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in token_NT)
+            digest_N2[mine_N[span]] = np.frombuffer(digests, np.int64).reshape((-1, 2))
     return digest_N2
 
 

@@ -153,17 +153,19 @@ class SplitWriter:
         )
 
     def write_draws(self, *, lottery_M: Float[np.ndarray, "M"], sequence_M: Int[np.ndarray, "M"]) -> None:
-        """Write which tokens were drawn for quantiles; see `schema.sample_arrays`."""
+        """Write which tokens were drawn for quantiles, all or fewer; see `schema.sample_arrays`."""
         values = {"lottery": lottery_M, "sequence": sequence_M}
         self._files.write(
-            *((self._arrays[f"{schema.SAMPLE}/{name}"], array) for name, array in values.items())
+            *((self._arrays[f"{schema.SAMPLE}/{n}"][: len(array)], array) for n, array in values.items())
         )
 
     def write_sample(
         self, layer: int, columns: Int[np.ndarray, "N"], activation_NM: Float[np.ndarray, "N M"]
     ) -> None:
         """Write one layer's activations at the drawn tokens."""
-        self._files.write((self._arrays[f"{schema.SAMPLE}/activation"][layer, _span(columns)], activation_NM))
+        drawn = slice(activation_NM.shape[1])
+        array = self._arrays[f"{schema.SAMPLE}/activation"][layer, _span(columns), drawn]
+        self._files.write((array, activation_NM))
 
 
 def blocks_of(rows: Iterable[SequenceBlock], size: int) -> Iterator[SequenceBlock]:

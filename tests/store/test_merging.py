@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -183,7 +184,9 @@ def test_without_quantiles_no_sample_is_needed(tmp_path):
     ]
     merge(tmp_path / "out", *paths)
     assert not (tmp_path / "out" / "exemplars.zarr" / "train" / "sample").exists()
-    assert jaxplain.open_store(tmp_path / "out")["train"].neuron(1, 2).quantiles == {}
+    merged = jaxplain.open_store(tmp_path / "out")
+    assert merged["train"].neuron(1, 2).quantiles == {}
+    assert merged.vocabulary.tokens() == slices.WORDS
 
 
 def test_quantiles_without_their_sample_are_refused(tmp_path):
@@ -244,20 +247,37 @@ def test_a_merge_that_fails_stops_at_once_and_keeps_the_old_store(tmp_path, monk
     before = (tmp_path / "out" / "exemplars.zarr" / "zarr.json").read_bytes()
     with pytest.raises(JaxplainError, match=r"exists already; .* --overwrite"):
         merge(tmp_path / "out", *paths)
-    written = []
+    written = set()
+    write = SplitWriter.write_exemplars
 
-    def full(self, kind, layer, columns, **values):
-        written.append((kind, layer, columns[0]))
+    def slow(self, kind, layer, columns, **values):
+        written.add((layer, columns[0]))
+        time.sleep(0.05)
+        write(self, kind, layer, columns, **values)
+
+    def full(self, layer, columns, **values):
         raise JaxplainError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(SplitWriter, "write_exemplars", full)
+        patch.setattr(merging, "BLOCKS_AT_ONCE", 1)
+        patch.setattr(SplitWriter, "write_exemplars", slow)
+        patch.setattr(SplitWriter, "write_statistics", full)
         with pytest.raises(JaxplainError, match="no space left"):
             merge(tmp_path / "out", *paths, overwrite=True)
-    assert len(written) < 6, "of all six blocks of both layers, those not begun never are"
+    assert {(0, 0), (0, 2), (0, 4)} <= written, "the first layer was done"
+    assert (1, 4) not in written, "what was not begun never is"
     assert (tmp_path / "out" / "exemplars.zarr" / "zarr.json").read_bytes() == before
     merge(tmp_path / "out", *reversed(paths), overwrite=True)
     assert (tmp_path / "out" / "exemplars.zarr" / "zarr.json").read_bytes() != before
+
+
+def test_more_sequences_than_a_store_can_number(tmp_path, monkeypatch):
+    paths = [store(tmp_path, f"{n}.zarr", [(n, 0, 0), (n, 3, 0)]) for n in (1, 2)]
+    monkeypatch.setattr(merging, "_MOST_SEQUENCES", 3)
+    with pytest.raises(
+        JaxplainError, match=r"split 'train' of all stores has 4\.0e\+00 sequences, more than"
+    ):
+        merge(tmp_path / "out", *paths)
 
 
 def test_a_store_is_named_once_and_never_merged_into_itself(tmp_path):
