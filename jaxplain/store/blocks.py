@@ -55,6 +55,11 @@ class Block(NamedTuple):
     layer: int
     neurons: slice
 
+    @property
+    def columns(self) -> Int[np.ndarray, "N"]:
+        """The neurons' places on their axis."""
+        return np.arange(self.neurons.start, self.neurons.stop)
+
 
 class Draws(NamedTuple):
     """Which tokens are drawn for quantiles; see `schema.sample_arrays` and `Strongest`."""
@@ -86,7 +91,6 @@ def merge_block(
     draws: Draws | None,
 ) -> dict[str, np.ndarray]:
     """Write the exemplars and the sample of a block's neurons; their statistics and quantiles."""
-    columns = np.arange(block.neurons.start, block.neurons.stop)
     tails = {}
     for kind in kinds:
         ranked = _ranks(block, kind, slices)
@@ -94,7 +98,7 @@ def merge_block(
         out.write_exemplars(
             kind,
             block.layer,
-            columns,
+            block.columns,
             score_NR=ranked.score_NR,
             sequence_NR=ranked.sequence_NR,
             activation_NRT=activation_NRT,
@@ -116,7 +120,7 @@ def merge_block(
     if draws is None:
         return statistics
     sample_NM = _sample(block, slices, draws)
-    out.write_sample(block.layer, columns, sample_NM)
+    out.write_sample(block.layer, block.columns, sample_NM)
     return statistics | {schema.QUANTILE: _quantiles(levels, statistics["count"], sample_NM, tails)}
 
 
@@ -152,8 +156,7 @@ def _sample(block: Block, slices: Sequence[Slice], draws: Draws) -> np.ndarray:
     """The activations at the drawn tokens, [N, M]; NaN where there are none."""
     array = slices[0].arrays[f"{schema.SAMPLE}/activation"]
     tokens = len(draws.source_M)
-    neurons = block.neurons.stop - block.neurons.start
-    out_NM = np.full((neurons, tokens), np.nan, array.dtype.numpy_dtype)
+    out_NM = np.full((len(block.columns), tokens), np.nan, array.dtype.numpy_dtype)
     for number, part in enumerate(slices):
         [found_NM] = part.files.read(part.arrays[f"{schema.SAMPLE}/activation"][block])
         won_W = np.flatnonzero((draws.source_M // tokens == number) & (draws.sequence_M >= 0))

@@ -201,7 +201,7 @@ def _merge_neurons(
             statistics = []
             for block, found in group:
                 statistics.append(found)
-                advance(round(bytes_per_neuron * (block.neurons.stop - block.neurons.start)))
+                advance(round(bytes_per_neuron * len(block.columns)))
             values = {key: np.concatenate([found[key] for found in statistics]) for key in statistics[0]}
             out.write_statistics(layer, np.arange(neurons), **values)
 
