@@ -113,6 +113,16 @@ def test_slices_that_overlap(runs, tmp_path, capsys):
         np.testing.assert_array_equal(origins(merged, our[names[1]]), origins(whole, their[names[1]]))
 
 
+def test_overwrite_replaces_what_is_there(runs, tmp_path):
+    arguments = [str(tmp_path / "merged"), str(runs / "first"), "--no-progress"]
+    main(arguments)
+    before = jaxplain.open_store(tmp_path / "merged").fingerprint
+    with pytest.raises(jaxplain.JaxplainError, match=r"exists already; .* --overwrite"):
+        main(arguments)
+    main([*arguments, str(runs / "last"), "--overwrite"])
+    assert jaxplain.open_store(tmp_path / "merged").fingerprint != before
+
+
 def test_the_sampled_tokens_are_in_the_store(runs):
     split = jaxplain.open_store(runs / "all")["train"]
     rows = split.sequences(np.arange(split.sequence_count))
