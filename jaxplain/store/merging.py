@@ -117,7 +117,7 @@ def _merge_split(
 ) -> MergedSplit:
     tables = [part.table for part in slices]
     repeated = repeated_rows(tables, slices[0].files.read)
-    counts = [len(table["document"]) - len(rows) for table, rows in zip(tables, repeated, strict=True)]
+    counts = [len(table["document"]) - len(gone) for table, gone in zip(tables, repeated, strict=True)]
     if sum(counts) > _MOST_SEQUENCES:
         raise JaxplainError(
             f"split {name!r} of all stores has {sum(counts):.1e} sequences, more than the 2.1e9 that a store "
@@ -129,8 +129,8 @@ def _merge_split(
     )
     firsts = itertools.accumulate(counts[:-1], initial=0)
     renumber = [
-        functools.partial(_renumbered, first=first, repeated_D=rows)
-        for first, rows in zip(firsts, repeated, strict=True)
+        functools.partial(_renumbered, first=first, repeated_D=repeated_D)
+        for first, repeated_D in zip(firsts, repeated, strict=True)
     ]
     slices = [dataclasses.replace(part, renumber=new) for part, new in zip(slices, renumber, strict=True)]
     _merge_neurons(writer, stores[0], slices, name, advance)
