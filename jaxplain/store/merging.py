@@ -117,7 +117,7 @@ def _merge_split(
 ) -> MergedSplit:
     tables = [part.table for part in slices]
     repeated = repeated_rows(tables, slices[0].files.read)
-    counts = [len(table["document"]) - len(gone) for table, gone in zip(tables, repeated, strict=True)]
+    counts = [table["document"].shape[0] - len(gone) for table, gone in zip(tables, repeated, strict=True)]
     if sum(counts) > _MOST_SEQUENCES:
         raise JaxplainError(
             f"split {name!r} of all stores has {sum(counts):.1e} sequences, more than the 2.1e9 that a store "
