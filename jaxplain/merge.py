@@ -22,7 +22,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
     parser.add_argument(TRACEBACK, action="store_true", help="show where an error came from")
-    options = parser.parse_args(list(arguments))
+    options = parser.parse_intermixed_args(list(arguments))
     merged = merge_stores(
         options.out,
         options.stores,

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -139,8 +139,8 @@ def _merge_split(
 
 def _kept_rows(
     slices: Sequence[Slice],
-    repeated: Sequence[Int[np.ndarray, "D"]],
-    corpora: Sequence[Int[np.ndarray, "C"]],
+    repeated: Sequence[Int[np.ndarray, "_"]],
+    corpora: Sequence[Int[np.ndarray, "_"]],
     advance: Advance,
 ) -> Iterator[SequenceBlock]:
     """All token tables, one after the other, without the repeated rows; `corpora` are their new numbers."""
@@ -208,7 +208,7 @@ def _merge_neurons(
 
 def _in_threads(
     merge: Callable[[Block], Mapping[str, np.ndarray]], blocks: Sequence[Block]
-) -> Iterator[tuple[Block, Mapping[str, np.ndarray]]]:
+) -> Generator[tuple[Block, Mapping[str, np.ndarray]], None, None]:
     """Blocks and what was found in them, in order, a few at a time."""
     with ThreadPoolExecutor(BLOCKS_AT_ONCE) as pool:
         try:

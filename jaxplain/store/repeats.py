@@ -26,7 +26,7 @@ Read = Callable[..., list[np.ndarray]]
 """Reads parts of arrays; `Files.read`."""
 
 
-def repeated_rows(tables: Sequence[Table], read: Read) -> list[Int[np.ndarray, "D"]]:
+def repeated_rows(tables: Sequence[Table], read: Read) -> list[Int[np.ndarray, "_"]]:
     """For each table, the rows that an earlier table has too, ascending.
 
     Where a window comes from is compared first, so that of tables that share nothing no tokens are read.
