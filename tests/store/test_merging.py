@@ -66,7 +66,7 @@ def equal(found, expected):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(parts=st.lists(SLICE, min_size=1, max_size=4))
 @example(parts=[[(1, 0, 0), (1, 0, 0), (2, 0, 0)], [(1, 0, 0), (1, 0, 0), (1, 0, 0)], [(1, 0, 1), (1, 0, 0)]])
 @example(parts=[[(1, 0, 0), (2, 3, 0), (3, 0, 1)]] * 2)
@@ -87,7 +87,7 @@ def test_a_merged_store_is_that_of_a_run_over_all(parts):
         )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(parts=st.lists(SLICE, min_size=3, max_size=3))
 def test_merging_is_associative(parts):
     with tempfile.TemporaryDirectory() as folder:
@@ -126,7 +126,7 @@ def kept(path, kind):
     }
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(first=SLICE, second=SLICE)
 def test_the_order_of_stores_only_renumbers_and_settles_ties(first, second):
     with tempfile.TemporaryDirectory() as folder:
@@ -171,7 +171,7 @@ def test_neurons_that_were_not_asked_for_stay_empty(tmp_path):
         assert (found["max/sequence"][layer, others] == -1).all()
         for name in ("max/activation", "stats/mean", "stats/quantile", "sample/activation"):
             assert np.isnan(found[name][layer, others]).all()
-            np.testing.assert_array_equal(found[name][layer, columns], expected[name][layer, columns])
+            np.testing.assert_allclose(found[name][layer, columns], expected[name][layer, columns], rtol=1e-6)
     with pytest.raises(JaxplainError, match="neuron 2 of layer 1 was not among those extracted"):
         split.neuron(1, 2)
 
@@ -244,7 +244,12 @@ def test_a_killed_merge_leaves_a_store_that_is_refused(tmp_path):
 def test_a_merge_that_fails_stops_at_once_and_keeps_the_old_store(tmp_path, monkeypatch):
     paths = [store(tmp_path, f"{n}.zarr", [(n, 0, 0)]) for n in (1, 2)]
     merge(tmp_path / "out", *paths)
-    before = (tmp_path / "out" / "exemplars.zarr" / "zarr.json").read_bytes()
+
+    def documents():
+        rows = jaxplain.open_store(tmp_path / "out")["train"].sequences(np.arange(2))
+        return (rows["document"] - 2**62).tolist()
+
+    assert documents() == [1, 2]
     with pytest.raises(JaxplainError, match=r"exists already; .* --overwrite"):
         merge(tmp_path / "out", *paths)
     written = set()
@@ -266,9 +271,9 @@ def test_a_merge_that_fails_stops_at_once_and_keeps_the_old_store(tmp_path, monk
             merge(tmp_path / "out", *paths, overwrite=True)
     assert {(0, 0), (0, 2), (0, 4)} <= written, "the first layer was done"
     assert (1, 4) not in written, "what was not begun never is"
-    assert (tmp_path / "out" / "exemplars.zarr" / "zarr.json").read_bytes() == before
+    assert documents() == [1, 2]
     merge(tmp_path / "out", *reversed(paths), overwrite=True)
-    assert (tmp_path / "out" / "exemplars.zarr" / "zarr.json").read_bytes() != before
+    assert documents() == [2, 1]
 
 
 def test_more_sequences_than_a_store_can_number(tmp_path, monkeypatch):
