@@ -32,6 +32,9 @@ EXACT = (
 )
 ROUNDED = tuple(f"stats/{name}" for name in schema.STATISTICS if name != "count")
 
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
+"""A file system in memory, where hundreds of small files take no time."""
+
 NEURONS_PER_BLOCK = 2
 BLOCK_BYTES = NEURONS_PER_BLOCK * K * TOKENS * 2
 
@@ -71,7 +74,7 @@ def equal(found, expected):
 @example(parts=[[(1, 0, 0), (1, 0, 0), (2, 0, 0)], [(1, 0, 0), (1, 0, 0), (1, 0, 0)], [(1, 0, 1), (1, 0, 0)]])
 @example(parts=[[(1, 0, 0), (2, 3, 0), (3, 0, 1)]] * 2)
 def test_a_merged_store_is_that_of_a_run_over_all(parts):
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         folder = Path(folder)
         paths = [store(folder, f"{number}.zarr", windows) for number, windows in enumerate(parts)]
         [merged] = merge(folder / "out", *paths)
@@ -90,7 +93,7 @@ def test_a_merged_store_is_that_of_a_run_over_all(parts):
 @settings(max_examples=8, deadline=None)
 @given(parts=st.lists(SLICE, min_size=3, max_size=3))
 def test_merging_is_associative(parts):
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         folder = Path(folder)
         a, b, c = (store(folder, f"{n}.zarr", windows, corpora=(str(n),)) for n, windows in enumerate(parts))
         merge(folder / "ab", a, b)
@@ -129,7 +132,7 @@ def kept(path, kind):
 @settings(max_examples=8, deadline=None)
 @given(first=SLICE, second=SLICE)
 def test_the_order_of_stores_only_renumbers_and_settles_ties(first, second):
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         folder = Path(folder)
         a, b = store(folder, "a.zarr", first), store(folder, "b.zarr", second)
         merge(folder / "ab", a, b)
