@@ -6,7 +6,7 @@ Makes stores of synthetic activations (float16, k = 100, 96 tokens; max, min and
 (a temporary one by default), each of about so many gigabytes. Then, in turn, copies them all (cp -r) and
 merges them (python -m jaxplain.merge, its start included), each followed by sync; medians over rounds. The
 system holds the stores in its cache for both. MB/s are 10**6 bytes of the stores to be merged, as they are on
-disk, per second. Prints JSON.
+disk, per second; `cpu_seconds` tell how much of the time was work, and how much waiting. Prints JSON.
 """
 
 import argparse
@@ -118,6 +118,12 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
+def cpu_seconds() -> float:
+    """Of all commands that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def timed(command: Sequence[str]) -> float:
     start = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -148,11 +154,14 @@ def measure(folder: Path, *, gigabytes: float, stores: int, rounds: int) -> dict
 
     ways: dict[str, Callable[[], float]] = {"copy": copy, "merge": lambda: timed(merge)}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    work: dict[str, list[float]] = {}
     written = 0
 
     def take(name: str) -> None:
         nonlocal written
+        before = cpu_seconds()
         seconds.setdefault(name, []).append(ways[name]())
+        work.setdefault(name, []).append(cpu_seconds() - before)
         written = size_of(out)
         shutil.rmtree(out)
 
@@ -174,6 +183,7 @@ def measure(folder: Path, *, gigabytes: float, stores: int, rounds: int) -> dict
         "read_MB": round(read / 1e6),
         "written_MB": round(merged / 1e6),
         "seconds": {name: [round(second, 2) for second in taken] for name, taken in seconds.items()},
+        "cpu_seconds": {name: round(statistics.median(taken), 2) for name, taken in work.items()},
         "seconds_to_start": round(start, 2),
         "MB_per_s": {name: round(read / 1e6 / statistics.median(t)) for name, t in seconds.items()},
         "ratio_to_copy": round(statistics.median(seconds["copy"]) / statistics.median(seconds["merge"]), 3),

@@ -73,6 +73,7 @@ def equal(found, expected):
 @given(parts=st.lists(SLICE, min_size=1, max_size=4))
 @example(parts=[[(1, 0, 0), (1, 0, 0), (2, 0, 0)], [(1, 0, 0), (1, 0, 0), (1, 0, 0)], [(1, 0, 1), (1, 0, 0)]])
 @example(parts=[[(1, 0, 0), (2, 3, 0), (3, 0, 1)]] * 2)
+@example(parts=[[(1, 0, 0)]] * 2)
 def test_a_merged_store_is_that_of_a_run_over_all(parts):
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         folder = Path(folder)
