@@ -6,10 +6,11 @@ slice has too is left out. Memory holds a few blocks of neurons at a time, each 
 activations has.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -195,16 +196,22 @@ def _merge_neurons(
         merge_block, slices=slices, out=out, kinds=split.kinds, levels=split.quantile_levels, draws=draws
     )
     bytes_per_neuron = sum(part.bytes - part.table_bytes for part in slices) / (layers * neurons)
+    with contextlib.closing(_in_threads(merge, blocks)) as merged:
+        for layer, group in itertools.groupby(merged, key=lambda found: found[0].layer):
+            statistics = []
+            for block, found in group:
+                statistics.append(found)
+                advance(round(bytes_per_neuron * len(block.columns)))
+            values = {key: np.concatenate([found[key] for found in statistics]) for key in statistics[0]}
+            out.write_statistics(layer, np.arange(neurons), **values)
+
+
+def _in_threads(
+    merge: Callable[[Block], Mapping[str, np.ndarray]], blocks: Sequence[Block]
+) -> Generator[tuple[Block, Mapping[str, np.ndarray]], None, None]:
+    """Blocks and what was found in them, in order, a few at a time."""
     with ThreadPoolExecutor(BLOCKS_AT_ONCE) as pool:
         try:
-            merged = zip(blocks, pool.map(merge, blocks), strict=True)
-            for layer, group in itertools.groupby(merged, key=lambda found: found[0].layer):
-                statistics = []
-                for block, found in group:
-                    statistics.append(found)
-                    advance(round(bytes_per_neuron * len(block.columns)))
-                values = {key: np.concatenate([found[key] for found in statistics]) for key in statistics[0]}
-                out.write_statistics(layer, np.arange(neurons), **values)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+            yield from zip(blocks, pool.map(merge, blocks), strict=True)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
