@@ -12,8 +12,8 @@ Progress = Callable[..., "Bar"]
 """Called with `total=` (None where unknown), `desc=` and `unit=`, it gives a bar."""
 
 
-_KNOWN = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {per_minute}]"
-_UNKNOWN = "{desc}: {n_fmt} [{elapsed}, {per_minute}]"
+_KNOWN = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {pace}]"
+_UNKNOWN = "{desc}: {n_fmt} [{elapsed}, {pace}]"
 
 
 class Bar(tqdm):
@@ -25,8 +25,11 @@ class Bar(tqdm):
         values = super().format_dict
         values["bar_format"] = _KNOWN if values["total"] and values["n"] <= values["total"] else _UNKNOWN
         here = values["n"] - values["initial"]
-        per_minute = 60 * here / values["elapsed"] if values["elapsed"] else 0.0
-        return {**values, "per_minute": f"{per_minute:,.0f} {values['unit']}/min"}
+        per_second = here / values["elapsed"] if values["elapsed"] else 0.0
+        return {**values, "pace": self._pace(per_second)}
+
+    def _pace(self, per_second: float) -> str:
+        return f"{60 * per_second:,.0f} {self.unit}/min"
 
     def over(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items, each counted as it is taken."""
@@ -35,6 +38,16 @@ class Bar(tqdm):
             self.update()
 
 
-def progress_bars(*, enabled: bool) -> Progress:
+class ByteBar(Bar):
+    """A bar that counts bytes, and gives millions of them per second."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options, unit_scale=True)
+
+    def _pace(self, per_second: float) -> str:
+        return f"{per_second / 1e6:,.0f} MB/s"
+
+
+def progress_bars(*, enabled: bool, kind: type[Bar] = Bar) -> Progress:
     """How to make bars, or bars that show nothing."""
-    return functools.partial(Bar, disable=not enabled, dynamic_ncols=True)
+    return functools.partial(kind, disable=not enabled, dynamic_ncols=True)

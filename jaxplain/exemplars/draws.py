@@ -8,11 +8,12 @@ of both.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxplain.corpora.hashing import lottery, token_lottery
 
@@ -38,6 +39,7 @@ class Draws:
         sequence_D: Sequences that are drawn, ascending, int64.
         turn_D: The place of each in the draw, 0 for the first, so that the lowest turns are a smaller draw.
         token_M: Tokens that are drawn, ascending, int64: sequence * tokens + position.
+        lottery_M: The number that each was drawn by.
     """
 
     rows: int
@@ -45,6 +47,7 @@ class Draws:
     sequence_D: Int[np.ndarray, "D"]
     turn_D: Int[np.ndarray, "D"]
     token_M: Int[np.ndarray, "M"]
+    lottery_M: Float[np.ndarray, "M"]
 
     def turns(self, sequence: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
         """The turns of sequences, int32; NEVER for those that are not drawn."""
@@ -52,6 +55,11 @@ class Draws:
             return np.full(sequence.shape, NEVER, np.int32)
         place = np.minimum(np.searchsorted(self.sequence_D, sequence), len(self.sequence_D) - 1)
         return np.where(self.sequence_D[place] == sequence, self.turn_D[place], NEVER).astype(np.int32)
+
+    @functools.cached_property
+    def falling(self) -> Int[np.ndarray, "M"]:
+        """The drawn tokens' places in `token_M` by falling number, equal ones by token."""
+        return np.lexsort((self.token_M, -self.lottery_M))
 
     def tokens_of(
         self, first: int, *, batch: int, shards: int
@@ -92,13 +100,14 @@ def draw(blocks: Iterable[TableBlock], *, seed: int, sequences: int, tokens: int
             (row_N[:, None] * length + np.arange(length))[block.counted_NT],
         )
         first += count
-    order = np.argsort(drawn_sequences[1])
+    order, token_order = np.argsort(drawn_sequences[1]), np.argsort(drawn_tokens[1])
     return Draws(
         rows=rows,
         tokens=length,
         sequence_D=drawn_sequences[1][order],
         turn_D=order.astype(np.int32),
-        token_M=np.sort(drawn_tokens[1]),
+        token_M=drawn_tokens[1][token_order],
+        lottery_M=drawn_tokens[0][token_order],
     )
 
 

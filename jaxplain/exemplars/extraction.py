@@ -1,7 +1,7 @@
 """The extraction run: for each split, cut the corpus, stream it through the subject, write what remains."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -30,10 +30,9 @@ from jaxplain.exemplars.token_sums import TokenSums, merge_token_sums, strongest
 from jaxplain.processes import gathered, leads, require_agreement, wait_for_others
 from jaxplain.progress import Progress
 from jaxplain.stopping import StopRequest
-from jaxplain.store.quantiles import Tail, lower_tail, quantiles, upper_tail
+from jaxplain.store.quantiles import TAILS, quantiles_by_count
 from jaxplain.store.writer import SplitWriter, StoreWriter
 
-_TAILS = {"max": upper_tail, "min": lower_tail}
 _ROWS_PER_BLOCK = 4096
 
 
@@ -132,12 +131,18 @@ class Extraction:
             tokens=config.corpus.sequence_length,
             activation_dtype=config.exemplars.activation_dtype,
             quantiles=config.statistics.quantiles,
+            sampled_tokens=sampled_tokens(config.statistics, self.selection),
             strata=config.exemplars.strata,
             samples_per_quantile=config.exemplars.samples_per_quantile,
             chosen=self._tabled_names(),
             chosen_tokens=config.statistics.tokens.count,
         )
         wait_for_others(f"the arrays of {split}")
+        if config.statistics.quantiles and leads():
+            out.write_draws(
+                lottery_M=drawn.lottery_M[drawn.falling],
+                sequence_M=(drawn.token_M // drawn.tokens)[drawn.falling].astype(np.int32),
+            )
         with progress(total=len(reductions), desc=f"{split}: write", unit="layers") as bar:
             self._write(reductions, drawn, strata, out, bar.update, checkpoints)
         wait_for_others(f"the exemplars of {split}")
@@ -327,8 +332,8 @@ class Extraction:
             tails = {}
             for kind, ranked in merged.items():
                 found = _sequences(ranked, kept, sign=-1 if kind == "min" else 1)
-                if kind in _TAILS:
-                    tails[kind] = _TAILS[kind](found.score_NR, found.activation_NRT)
+                if kind in TAILS:
+                    tails[kind] = TAILS[kind](found.score_NR, found.activation_NRT)
                 out.write_exemplars(kind, place, columns, **found._asdict())
             if strata:
                 stratum_NR, found = choose(
@@ -342,13 +347,16 @@ class Extraction:
                     },
                 )
                 out.write_exemplars("quantile", place, columns, **found._asdict(), stratum_NR=stratum_NR)
+            sample_NM = np.ascontiguousarray(np.asarray(sample_MF)[drawn.falling, kept].T)
+            if self.config.statistics.quantiles:
+                out.write_sample(place, columns, sample_NM)
             out.write_statistics(
                 place,
                 columns,
-                quantile=_quantiles(
+                quantile=quantiles_by_count(
                     np.array(self.config.statistics.quantiles),
                     statistics.count_F[kept],
-                    np.ascontiguousarray(np.asarray(sample_MF)[:, kept].T),
+                    sample_NM,
                     tails,
                 ),
                 count=statistics.count_F[kept],
@@ -378,21 +386,6 @@ def _sequences(ranked: Ranked, kept: slice, *, sign: int = 1) -> RankedSequences
         sequence_NR=np.asarray(ranked.sequence_FR)[kept],
         activation_NRT=np.asarray(ranked.activation_FRT)[kept],
     )
-
-
-def _quantiles(
-    levels: np.ndarray, count_N: np.ndarray, sample_NM: np.ndarray, tails: Mapping[str, Tail]
-) -> np.ndarray:
-    """Quantiles of neurons whose tokens may be of different numbers, as those of several experts are."""
-    found_NQ = np.empty((len(count_N), len(levels)), np.float32)
-    for count in np.unique(count_N):
-        alike_N = count_N == count
-        upper, lower = (
-            Tail(*(values[alike_N] for values in tails[kind])) if kind in tails else None
-            for kind in ("max", "min")
-        )
-        found_NQ[alike_N] = quantiles(levels, int(count), sample_NM[alike_N], upper=upper, lower=lower)
-    return found_NQ
 
 
 def counted_tokens(

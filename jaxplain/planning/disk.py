@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import AbstractMesh
 
 from jaxplain.exemplars.snapshots import snapshot_form
+from jaxplain.exemplars.states import sampled_tokens
 from jaxplain.planning.demand import Demand
 from jaxplain.store import schema
 
@@ -23,7 +24,7 @@ class Disk:
     Attributes:
         sequences: The token tables.
         exemplars: Scores, sequence numbers and activations.
-        statistics: Of every neuron, and tables of mean activations by token.
+        statistics: Of every neuron, with the tokens sampled for quantiles and tables of mean activations.
         vocabulary: The bytes of every token; an estimate, as no tokenizer is read.
     """
 
@@ -52,7 +53,7 @@ def store_size(demand: Demand) -> Disk:
     for rows in demand.sequences.values():
         groups = split_arrays(demand, rows)
         size = {group: _bytes(arrays, _asked_for(demand, group)) for group, arrays in groups.items()}
-        statistics = size.pop("stats") + size.pop(schema.TOKEN_TABLE, 0)
+        statistics = sum(size.pop(group, 0) for group in ("stats", schema.SAMPLE, schema.TOKEN_TABLE))
         found = dataclasses.replace(
             found,
             sequences=found.sequences + size.pop("sequences"),
@@ -81,6 +82,12 @@ def split_arrays(demand: Demand, rows: int) -> Mapping[str, Mapping[str, schema.
             tokens=demand.tokens,
             activation_dtype=exemplars.activation_dtype,
             strata=strata,
+        )
+    if config.statistics.quantiles:
+        groups[schema.SAMPLE] = schema.sample_arrays(
+            **sizes,
+            tokens=sampled_tokens(config.statistics, selection),
+            activation_dtype=exemplars.activation_dtype,
         )
     if chosen := sum(map(len, demand.tabled.values())):
         groups[schema.TOKEN_TABLE] = schema.token_table_arrays(

@@ -36,13 +36,13 @@ def partial_name(path: str | Path) -> str:
 
 
 class Files:
-    """A folder at a URL."""
+    """A folder at a URL. Of what is read from it, `cache_bytes` are kept for the next time."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, cache_bytes: int = _READ_CACHE_BYTES):
         self.url = location(path)
         self._context = ts.Context(
             {
-                "cache_pool": {"total_bytes_limit": _READ_CACHE_BYTES},
+                "cache_pool": {"total_bytes_limit": cache_bytes},
                 "http_request_retries": {"max_retries": 3},
                 "s3_request_retries": {"max_retries": _RETRIES},
                 "gcs_request_retries": {"max_retries": _RETRIES},

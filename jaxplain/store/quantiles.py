@@ -11,10 +11,11 @@ M over the tokens that count. Where the tails meet the body, ranks go on countin
 the two thresholds are spread over the ranks that the tails leave, so that there is no jump.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 
 class Tail(NamedTuple):
@@ -57,6 +58,10 @@ def lower_tail(score_FR: Float[np.ndarray, "F R"], activation_FRT: Float[np.ndar
     return Tail(-mirrored.threshold_F, mirrored.count_F, -mirrored.value_FN)
 
 
+TAILS = {"max": upper_tail, "min": lower_tail}
+"""By kind of exemplars, the tail that they know."""
+
+
 def quantiles(
     levels: Float[np.ndarray, "Q"],
     count: int,
@@ -77,6 +82,27 @@ def quantiles(
     order = _OrderStatistics(count, sample_FM, upper, lower)
     value_FQ, next_FQ = order.at(below_Q), order.at(np.minimum(below_Q + 1, count - 1))
     return (value_FQ + (next_FQ - value_FQ) * (place_Q - below_Q)).astype(np.float32)
+
+
+def quantiles_by_count(
+    levels: Float[np.ndarray, "Q"],
+    count_F: Int[np.ndarray, "F"],
+    sample_FM: Float[np.ndarray, "F M"],
+    tails: Mapping[str, Tail],
+) -> Float[np.ndarray, "F Q"]:
+    """Quantiles of neurons whose tokens may be of different numbers, as those of several experts are.
+
+    `tails` are of the kinds in `TAILS` that are known. NaN where the count is negative, of neurons that were
+    not asked for.
+    """
+    found_FQ = np.full((len(count_F), len(levels)), np.nan, np.float32)
+    for count in np.unique(count_F[count_F >= 0]):
+        alike_F = count_F == count
+        upper, lower = (
+            Tail(*(values[alike_F] for values in tails[kind])) if kind in tails else None for kind in TAILS
+        )
+        found_FQ[alike_F] = quantiles(levels, int(count), sample_FM[alike_F], upper=upper, lower=lower)
+    return found_FQ
 
 
 class _OrderStatistics:

@@ -119,6 +119,10 @@ class Vocabulary:
         start = self._end[token - 1] if token else 0
         return self._text[start : self._end[token]]
 
+    def tokens(self) -> list[bytes]:
+        """The bytes of all tokens, by their ids."""
+        return [self.bytes_of(token) for token in range(len(self._end))]
+
     def text(self, tokens: Int[np.ndarray, "T"]) -> str:
         """The text of a sequence of tokens."""
         return b"".join(map(self.bytes_of, tokens.tolist())).decode("utf-8", "replace")

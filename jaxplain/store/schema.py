@@ -9,6 +9,8 @@
 <split>/quantile_sample/{stratum,level}  each rank's stratum; stratum s is from level s up to level s + 1
 <split>/stats/{count,mean,variance,skewness,kurtosis,fraction_active,quantile}
 <split>/quantile                         coordinate: the levels of stats/quantile
+<split>/sample/{lottery,sequence}        the tokens drawn for quantiles, in stores that have these
+<split>/sample/activation                what every neuron does at each of them
 <split>/token_table/{chosen_layer,chosen_neuron}    neurons whose mean activation is known for every token
 <split>/token_table/{max,min}/{token,mean,count}    the tokens with the highest, and with the lowest means
 
@@ -23,8 +25,8 @@ Experts are numbered from 0; a shared expert has the number after the last one t
 layer with a plain MLP has that as its only expert, 0. The axes are as long as the most experts and the widest
 expert need; neurons that do not exist are like those that were not asked for. A token that is not routed to
 an expert does not count for its neurons: of the tokens drawn for stats/quantile those that are routed to it
-are its sample, sequences without one are in none of its exemplars, of any kind, and strata are of those with
-one. The neurons of token_table are named by `chosen_expert` as well.
+are its sample, which is NaN at the others, sequences without one are in none of its exemplars, of any kind,
+and strata are of those with one. The neurons of token_table are named by `chosen_expert` as well.
 
 Chunks hold whole neurons, so that one neuron is one read; shards keep the number of files low.
 """
@@ -40,10 +42,13 @@ STORE_NAME = "exemplars.zarr"
 STATISTICS = ("count", "mean", "variance", "skewness", "kurtosis", "fraction_active")
 QUANTILE = "quantile"
 TOKEN_TABLE = "token_table"
+SAMPLE = "sample"
 
 _ROWS_PER_CHUNK = 64
 _CHUNKS_PER_SHARD = 1024
+ROWS_PER_SHARD = _ROWS_PER_CHUNK * _CHUNKS_PER_SHARD
 _NEURONS_PER_CHUNK = 64
+_SHARD_BYTES = 2**26
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,14 +115,14 @@ def sequence_arrays(*, sequences: int, tokens: int) -> dict[str, ArraySpec]:
     """The token table (int32, -1 where there is no token) and the provenance of its rows."""
 
     def spec(dtype: str, *tail: int) -> ArraySpec:
-        chunk = (_ROWS_PER_CHUNK if tail else _ROWS_PER_CHUNK * _CHUNKS_PER_SHARD, *tail)
+        chunk = (_ROWS_PER_CHUNK if tail else ROWS_PER_SHARD, *tail)
         return ArraySpec(
             dimensions=("sequence", "token")[: 1 + len(tail)],
             shape=(sequences, *tail),
             dtype=dtype,
             fill=-1,
             chunk=chunk,
-            shard=(_ROWS_PER_CHUNK * _CHUNKS_PER_SHARD, *tail),
+            shard=(ROWS_PER_SHARD, *tail),
         )
 
     provenance = {"corpus": "int32", "document": "int64", "start": "int32", "length": "int32"}
@@ -149,10 +154,10 @@ def kind_arrays(
     has the number of one, and `level` is where they begin and end.
     """
     # One neuron's activations are a chunk; 64 MiB or so, and at most a layer, are a shard.
-    bytes_per_neuron = k * tokens * (2 if activation_dtype == "float16" else 4)
-    per_shard = max(1, min(neurons, 2**26 // bytes_per_neuron))
+    bytes_per_neuron = k * tokens * _bytes_of(activation_dtype)
+    per_shard = max(1, min(neurons, _SHARD_BYTES // bytes_per_neuron))
     axis, one, all_experts = _expert_axis(experts)
-    whole_experts = (max(1, min(experts, 2**26 // (bytes_per_neuron * neurons))),) if experts else ()
+    whole_experts = (max(1, min(experts, _SHARD_BYTES // (bytes_per_neuron * neurons))),) if experts else ()
 
     def ranked(dtype: str, fill: int | str) -> ArraySpec:
         per_chunk = min(neurons, _NEURONS_PER_CHUNK)
@@ -250,3 +255,41 @@ def statistics_arrays(
         shard=(1, *all_experts, math.ceil(neurons / per_chunk) * per_chunk, quantiles),
     )
     return single | {QUANTILE: several}
+
+
+def sample_arrays(
+    *, layers: int, neurons: int, tokens: int, activation_dtype: str, experts: int | None = None
+) -> dict[str, ArraySpec]:
+    """The `tokens` drawn at random for quantiles, the same for all neurons, by falling lottery number.
+
+    `lottery` is what each was drawn by (`corpora.hashing.token_lottery`), so that samples of slices can be
+    merged into one of all, and `sequence` the row that it stands in. Where fewer tokens count than were to be
+    drawn, the rest has lottery and activation NaN and sequence -1. At tokens that are not routed to a
+    neuron's expert its activation is NaN too.
+    """
+
+    def drawn(dtype: str, fill: int | str) -> ArraySpec:
+        return dataclasses.replace(vector("draw", tokens, dtype), fill=fill)
+
+    axis, one, all_experts = _expert_axis(experts)
+    per_chunk = min(neurons, _NEURONS_PER_CHUNK)
+    chunk_bytes = per_chunk * tokens * _bytes_of(activation_dtype)
+    of_expert = math.ceil(neurons / per_chunk)
+    chunks = max(1, min(of_expert, _SHARD_BYTES // chunk_bytes))
+    whole_experts = (max(1, min(experts, _SHARD_BYTES // (chunk_bytes * of_expert))),) if experts else ()
+    return {
+        "lottery": drawn("float32", "NaN"),
+        "sequence": drawn("int32", -1),
+        "activation": ArraySpec(
+            dimensions=("layer", *axis, "neuron", "draw"),
+            shape=(layers, *all_experts, neurons, tokens),
+            dtype=activation_dtype,
+            fill="NaN",
+            chunk=(1, *one, per_chunk, tokens),
+            shard=(1, *whole_experts, chunks * per_chunk, tokens),
+        ),
+    }
+
+
+def _bytes_of(activation_dtype: str) -> int:
+    return 2 if activation_dtype == "float16" else 4

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import math
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,7 @@ class StoreWriter:
         quantiles: Sequence[float] = (),
         experts: Int[np.ndarray, "E"] | None = None,
         shared: Bool[np.ndarray, "L E"] | None = None,
+        sampled_tokens: int = 0,
         strata: Sequence[float] = (),
         samples_per_quantile: int = 0,
         chosen: Int[np.ndarray, "C _"] | None = None,
@@ -132,9 +134,9 @@ class StoreWriter:
     ) -> "SplitWriter":
         """Make the split's empty arrays for exemplars and statistics, before any process writes to them.
 
-        `experts` and `shared` are of a mixture of experts, see `schema`. `strata` are the levels that part
-        the strata of kind quantile. `chosen` are the neurons, by layer (and expert) and index, that get a
-        table of `chosen_tokens` vocabulary tokens.
+        `experts` and `shared` are of a mixture of experts, see `schema`. `sampled_tokens` are drawn for
+        quantiles. `strata` are the levels that part the strata of kind quantile. `chosen` are the neurons, by
+        layer (and expert) and index, that get a table of `chosen_tokens` vocabulary tokens.
         """
         axes: dict[str, np.ndarray] = {
             "layer": np.asarray(layers, np.int32),
@@ -155,6 +157,10 @@ class StoreWriter:
                 tokens=tokens,
                 activation_dtype=activation_dtype,
                 strata=parts,
+            )
+        if sampled_tokens:
+            groups[schema.SAMPLE] = schema.sample_arrays(
+                **sizes, tokens=sampled_tokens, activation_dtype=activation_dtype
             )
         if chosen is not None:
             groups[schema.TOKEN_TABLE] = schema.token_table_arrays(
@@ -215,7 +221,8 @@ def unfinished_store(path: str | Path) -> dict[str, Any] | None:
     attributes = (files.read_json("zarr.json") or {}).get("attributes", {})
     # One that is complete, on a local disk, has only its name to get.
     begun = "begun" in attributes or (files.is_local and attributes.get("complete"))
-    if attributes.get("format") != schema.FORMAT or not begun:
+    # Nor does an extraction go on with what a merge began.
+    if attributes.get("format") != schema.FORMAT or not begun or "merged" in attributes:
         return None
     splits = attributes["config"]["exemplars"]["splits"]
     tables = (files.read_json(f"{split}/sequences/zarr.json") or {} for split in splits)
@@ -258,9 +265,7 @@ class SplitWriter:
         if stratum_NR is not None:
             values["stratum"] = stratum_NR
         group = schema.group_of(kind)
-        self._files.write(
-            *((self._neurons(f"{group}/{name}", layer, columns), array) for name, array in values.items())
-        )
+        self._write_neurons({f"{group}/{name}": array for name, array in values.items()}, layer, columns)
 
     def _write_vector(self, name: str, values: np.ndarray) -> None:
         array = self._arrays[name]
@@ -284,19 +289,43 @@ class SplitWriter:
 
     def write_statistics(self, layer: int, columns: Int[np.ndarray, "N"], **values_N: np.ndarray) -> None:
         """Write one layer's statistics, by the names in `schema.STATISTICS` and `schema.QUANTILE`."""
-        arrays = {
-            name: self._neurons(f"stats/{name}", layer, columns)
-            for name in values_N
-            if f"stats/{name}" in self._arrays
-        }
-        self._files.write(
-            *((array, values_N[name].astype(array.dtype.numpy_dtype)) for name, array in arrays.items())
+        arrays = {f"stats/{name}": values for name, values in values_N.items()}
+        self._write_neurons(
+            {name: values for name, values in arrays.items() if name in self._arrays}, layer, columns
         )
 
-    def _neurons(self, name: str, layer: int, columns: np.ndarray) -> ts.TensorStore:
-        """An array at some neurons."""
-        axes = self._arrays["stats/count"].shape[1:]
-        return self._arrays[name][(layer, *np.unravel_index(columns, axes))]
+    def write_draws(self, *, lottery_M: Float[np.ndarray, "M"], sequence_M: Int[np.ndarray, "M"]) -> None:
+        """Write which tokens were drawn for quantiles, all or fewer; see `schema.sample_arrays`."""
+        values = {"lottery": lottery_M, "sequence": sequence_M}
+        self._files.write(
+            *((self._arrays[f"{schema.SAMPLE}/{n}"][: len(array)], array) for n, array in values.items())
+        )
+
+    def write_sample(
+        self, layer: int, columns: Int[np.ndarray, "N"], activation_NM: Float[np.ndarray, "N M"]
+    ) -> None:
+        """Write one layer's activations at the drawn tokens, all or fewer."""
+        name = f"{schema.SAMPLE}/activation"
+        missing = ((0, 0), (0, self._arrays[name].shape[-1] - activation_NM.shape[1]))
+        padded_NM = np.pad(activation_NM, missing, constant_values=np.nan)
+        self._write_neurons({name: padded_NM}, layer, columns)
+
+    def _write_neurons(
+        self, values: Mapping[str, np.ndarray], layer: int, columns: Int[np.ndarray, "N"]
+    ) -> None:
+        """Write values [N, ...] of some neurons of a layer to arrays, by their names."""
+        numbers = np.unravel_index(columns, self._arrays["stats/count"].shape[1:])
+        spans = tuple(slice(int(number.min()), int(number.max()) + 1) for number in numbers)
+        fills_them = len(columns) == math.prod(span.stop - span.start for span in spans)
+        # Neighbours as a block are written many times as fast as single places.
+        place = spans if fills_them and (np.diff(columns) > 0).all() else numbers
+        targets = [(self._arrays[name][(layer, *place)], array) for name, array in values.items()]
+        self._files.write(
+            *(
+                (target, array.reshape(target.shape).astype(target.dtype.numpy_dtype, copy=False))
+                for target, array in targets
+            )
+        )
 
 
 def blocks_of(blocks: Iterable[SequenceBlock], size: int) -> Iterator[SequenceBlock]:

@@ -36,6 +36,8 @@ def test_the_highest_numbers_are_drawn(table, size, sequences, tokens):
     lottery_NT = np.where(counted_NT, token_lottery(SEED, document_N, start_N, TOKENS), -np.inf)
     best = np.argsort(-lottery_NT.ravel(), kind="stable")[: min(tokens, counted_NT.sum())]
     np.testing.assert_array_equal(drawn.token_M, np.sort(best))
+    np.testing.assert_array_equal(drawn.token_M[drawn.falling], best)
+    np.testing.assert_array_equal(drawn.lottery_M, lottery_NT.ravel()[np.sort(best)])
 
 
 def test_the_seed_draws_anew(table):

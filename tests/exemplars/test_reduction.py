@@ -37,12 +37,14 @@ def drawn_from(counted_NT, tokens, sequences=0):
     """A draw of that many tokens and sequences."""
     rng = np.random.default_rng(9)
     turn_D = rng.permutation(np.flatnonzero(counted_NT.any(1)))[:sequences]
+    token_M = np.sort(rng.permutation(np.flatnonzero(counted_NT))[:tokens])
     return Draws(
         rows=int(counted_NT.any(1).sum()),
         tokens=counted_NT.shape[1],
         sequence_D=np.sort(turn_D),
         turn_D=np.argsort(turn_D).astype(np.int32),
-        token_M=np.sort(rng.permutation(np.flatnonzero(counted_NT))[:tokens]),
+        token_M=token_M,
+        lottery_M=-np.arange(1, len(token_M) + 1, dtype=np.float32),
     )
 
 

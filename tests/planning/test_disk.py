@@ -59,7 +59,8 @@ def test_a_store_is_as_large_as_predicted(written):
         size_of(store / split / kind) for split in ("train", "valid") for kind in ("max", "min", "random")
     )
     assert 0.8 * predicted.exemplars < kinds < predicted.exemplars
-    stats = sum(size_of(store / split / "stats") for split in ("train", "valid"))
+    groups = ("stats", "sample")
+    stats = sum(size_of(store / split / group) for split in ("train", "valid") for group in groups)
     assert 0.5 * predicted.statistics < stats < 1.5 * predicted.statistics
     sequences = sum(size_of(store / split / "sequences") for split in ("train", "valid"))
     assert sequences < predicted.sequences
