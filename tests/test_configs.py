@@ -1,5 +1,6 @@
 """The configs that come with the project: each is read by its command, and its header says what is so."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -71,6 +72,9 @@ def test_the_header_says_what_a_run_takes(name, monkeypatch):
     path = CONFIGS / "extract" / f"{name}.yaml"
     header = path.read_text().split("\nsubject:")[0]
     topology, memory = re.search(r"--topology (\S+)(?: --memory (\S+))?", header).groups()
+    config = read(path)
+    if "--run.checkpoint_minutes 0" in header:
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, checkpoint_minutes=0))
     lines = (
         r"store (\S+) GB",
         r"devices (\S+) GiB of weights, (\S+) GiB of state",
@@ -80,7 +84,8 @@ def test_the_header_says_what_a_run_takes(name, monkeypatch):
     arch = architecture_of(AutoConfig.for_model(**TARGETS[name]))
     monkeypatch.setattr(planner, "read_architecture", lambda _: arch)
     target = target_of(topology=topology, devices=None, memory=memory)
-    found = make_plan(read(path), target, utilisation=0.4)
+    found = make_plan(config, target, utilisation=0.4)
+    assert found.fits
     expected = [
         found.store.total / 1e9,
         found.configured.memory.weights / 2**30,

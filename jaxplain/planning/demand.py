@@ -58,6 +58,12 @@ class Demand:
         return jnp.dtype(self.config.subject.dtype)
 
     @property
+    def saves(self) -> bool:
+        """Whether checkpoints are saved as time goes by."""
+        run = self.config.run
+        return self.config.saves_in is not None and bool(run.checkpoint_minutes or run.checkpoint_steps)
+
+    @property
     def weights(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The parameters that the run loads, by name: those of the layers up to the last one asked for."""
         return parameter_shapes(self.arch, self.dtype, depth=self.selection.depth)
@@ -197,7 +203,7 @@ class _Length(int):
 @functools.cache
 def _layer_state(**options: Any) -> LayerReduction:
     """A reduction of one data shard, as shapes."""
-    mesh = mesh_over(jax.devices()[:1], 1, 1)
+    mesh = mesh_over(jax.local_devices()[:1], 1, 1)
     values = {
         name: np.zeros(value, np.int32) if isinstance(value, _Length) else value
         for name, value in options.items()

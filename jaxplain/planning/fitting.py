@@ -43,8 +43,11 @@ def chosen(demand: Demand, target: Target, *, data: int, model: int, batch: int)
 
 def largest_batch(demand: Demand, target: Target, *, data: int, model: int) -> Choice | None:
     """The most sequences per step that fit on a mesh; None where none do."""
-    fixed = chosen(demand, target, data=data, model=model, batch=0).memory.total
-    rows = (target.memory - fixed) // temporary_bytes(demand, rows=1, model=model)
+    idle = chosen(demand, target, data=data, model=model, batch=0).memory
+    if idle.total > target.memory:
+        return None
+    left = target.memory - idle.weights - idle.state - idle.temporaries
+    rows = left // temporary_bytes(demand, rows=1, model=model)
     return chosen(demand, target, data=data, model=model, batch=rows * data) if rows > 0 else None
 
 

@@ -20,7 +20,8 @@ class Memory:
     """Bytes of one device.
 
     Attributes:
-        snapshot: What is kept of the state while a checkpoint is written, which goes on beside steps.
+        snapshot: What a checkpoint takes of the state, between two steps; 0 where none are saved.
+        temporaries: Of a step.
     """
 
     weights: int
@@ -30,8 +31,8 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Everything that is there while a step runs."""
-        return self.weights + self.state + self.snapshot + self.temporaries
+        """The most that is there at once."""
+        return self.weights + self.state + max(self.snapshot, self.temporaries)
 
 
 def memory(demand: Demand, *, data: int, model: int, batch: int, tiled: bool) -> Memory:
@@ -40,7 +41,7 @@ def memory(demand: Demand, *, data: int, model: int, batch: int, tiled: bool) ->
     return Memory(
         weights=weight_bytes(demand, data=data, model=model, tiled=tiled),
         state=state,
-        snapshot=state if demand.config.saves_in is not None else 0,
+        snapshot=state if demand.saves else 0,
         temporaries=temporary_bytes(demand, rows=batch // data, model=model)
         + gathered_bytes(demand, data=data, model=model, tiled=tiled),
     )

@@ -108,10 +108,10 @@ def _mesh(choice: Choice) -> str:
 
 def _memory_of(choice: Choice) -> str:
     found = choice.memory
+    saving = f" (or {_memory(found.snapshot)} while a checkpoint is taken)" if found.snapshot else ""
     return (
-        f"weights {_memory(found.weights)} + state {_memory(found.state)} + snapshot "
-        f"{_memory(found.snapshot)} + temporaries about {_memory(found.temporaries)} = "
-        f"{_memory(found.total)} per device"
+        f"weights {_memory(found.weights)} + state {_memory(found.state)} + temporaries about "
+        f"{_memory(found.temporaries)}{saving} = {_memory(found.total)} per device"
     )
 
 

@@ -42,7 +42,7 @@ def test_a_mesh_that_would_fit_is_named(monkeypatch):
         require(asked, make_mesh(8, 1))
     assert str(error.value) == (
         "each device would hold 0.01 GiB of weights and 0.45 GiB of exemplars and statistics, and has "
-        "0.24 GiB; run.mesh data 2 x model 4 and run.batch_size 32 should fit."
+        "0.24 GiB; run.mesh data 2 x model 4 and run.batch_size 256 should fit."
     )
 
 
