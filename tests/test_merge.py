@@ -14,8 +14,9 @@ from jaxplain.exemplars.extraction import counted_tokens
 from jaxplain.extract import main as extract
 from jaxplain.merge import main
 from jaxplain.progress import ByteBar, progress_bars
+from jaxplain.store import schema
 from jaxplain.store.schema import STATISTICS
-from tests import tiny
+from tests import families, tiny
 from tests.subjects.test_decoder import make_mesh, sown_activations
 
 KINDS = ("max", "min", "random")
@@ -27,8 +28,19 @@ SPLITS = ("train", "valid")
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A folder with a run over a whole corpus, and runs over three slices of it."""
-    folder = tmp_path_factory.mktemp("runs")
-    tiny.write_model(folder / "model")
+    return run_over_parts(tmp_path_factory.mktemp("runs"), tiny.LLAMA, {"layers": [0, 2]})
+
+
+@pytest.fixture(scope="module")
+def runs_of_experts(tmp_path_factory):
+    """The same of a mixture of experts with a plain layer, of which not all neurons are asked for."""
+    model = families.QWEN2_MOE | {"mlp_only_layers": [1]}
+    chosen = {"layers": [1, 2], "experts": "all", "indices": "0:30:3"}
+    return run_over_parts(tmp_path_factory.mktemp("experts"), model, chosen)
+
+
+def run_over_parts(folder, model, chosen):
+    tiny.write_model(folder / "model", model)
     tiny.write_corpus(folder / "docs.jsonl", 150)
     for name, part in PARTS.items():
         source = {"dataset": "json", "data_files": str(folder / "docs.jsonl"), "split": part}
@@ -42,7 +54,7 @@ def runs(tmp_path_factory):
                 "splits": {"train": 0.5, "valid": 0.5},
                 "exclude": {"special": True, "first": 1},
             },
-            "neurons": {"layers": [0, 2]},
+            "neurons": chosen,
             "exemplars": {"k": 6},
             "statistics": {"sampled_tokens": SAMPLED},
             "run": {"batch_size": 16, "progress": False},
@@ -56,7 +68,8 @@ def runs(tmp_path_factory):
 def origins(split, sequence):
     """Where sequences come from: documents and starts, in one array."""
     rows = split.sequences(np.arange(split.sequence_count))
-    return np.stack([rows["document"], rows["start"]], axis=-1)[sequence]
+    origin_S2 = np.stack([rows["document"], rows["start"]], axis=-1)[sequence]
+    return np.where(sequence[..., None] >= 0, origin_S2, -1)
 
 
 def layer(split, place, *names):
@@ -97,6 +110,43 @@ def test_merged_slices_equal_one_run(runs, tmp_path, capsys):
     exemplar = merged["valid"].neuron(2, 7).exemplars()[0]
     assert exemplar.text == whole["valid"].neuron(2, 7).exemplars()[0].text
     assert exemplar.corpus == str(runs / "docs.jsonl")
+
+
+@pytest.mark.parametrize("file_bytes", [500, 5000, 2**26], ids=["neurons", "experts", "layer"])
+def test_merged_slices_of_a_mixture_equal_one_run(runs_of_experts, tmp_path, monkeypatch, file_bytes):
+    """Merged by blocks of some of an expert's neurons, of some experts, and of a whole layer."""
+    monkeypatch.setattr(schema, "_SHARD_BYTES", file_bytes)
+    parts = [str(runs_of_experts / name) for name in ("first", "middle", "last")]
+    main([str(tmp_path / "merged"), *parts, "--no-progress"])
+    merged, whole = (jaxplain.open_store(path) for path in (tmp_path / "merged", runs_of_experts / "all"))
+    assert_same_store(merged, whole)
+    for name in SPLITS:
+        ours, theirs = merged[name], whole[name]
+        for axis in ("layers", "experts", "neurons", "shared"):
+            np.testing.assert_array_equal(getattr(ours, axis), getattr(theirs, axis))
+        assert len(ours.experts) > 2
+        [count] = ours.layer_arrays(1, "stats/count")
+        assert len(np.unique(count[count >= 0])) > 2, "experts read different numbers of tokens"
+    neuron = merged["valid"].neuron(2, 3, expert=1)
+    expected = whole["valid"].neuron(2, 3, expert=1)
+    assert [e.text for e in neuron.exemplars()] == [e.text for e in expected.exemplars()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--exemplars.kinds", "[max, quantile]"], "has quantile, which cannot be merged, since the slices'"),
+        (
+            ["--statistics.tokens.neurons", "3"],
+            "statistics.tokens of .* cannot be merged; extract the slices",
+        ),
+    ],
+)
+def test_what_slices_keep_too_little_of_is_refused(runs, tmp_path, arguments, sentence):
+    extract(["--config", str(runs / "first.yaml"), "--output", str(tmp_path / "one"), *arguments])
+    with pytest.raises(jaxplain.JaxplainError, match=sentence) as caught:
+        main([str(tmp_path / "merged"), str(tmp_path / "one"), str(runs / "last"), "--no-progress"])
+    assert "\n" not in str(caught.value)
 
 
 def test_slices_that_overlap(runs, tmp_path, capsys):

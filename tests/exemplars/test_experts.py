@@ -44,6 +44,25 @@ def draw(seed, sequences=51, tokens=7, *, levels=None, share_routed=0.4):
     return acts_NTF, counted_NT, routed_NTE, lottery_N
 
 
+def empty(mesh, *, k=6, tokens=7, indices=None, sampled=30, draws=None, summed=None):
+    """A reduction that has seen nothing."""
+    kept = EXPERT_F if indices is None else EXPERT_F[indices]
+    return empty_reduction(
+        kinds=KINDS,
+        neurons=len(kept),
+        k=k,
+        tokens=tokens,
+        sampled_tokens=sampled,
+        dtype=jnp.dtype("float16"),
+        mesh=mesh,
+        experts=4,
+        expert_F=kept,
+        draws=draws,
+        summed=summed,
+        vocabulary=VOCABULARY,
+    )
+
+
 def reduced(
     data,
     mesh,
@@ -56,30 +75,25 @@ def reduced(
     draws=None,
     summed=None,
     tokens_NT=None,
+    reduction=None,
+    first=0,
+    last=None,
 ):
-    """All batches through the real reduction, the last one padded."""
+    """All batches through the real reduction, the last one padded.
+
+    With `reduction` it goes on from that, with the sequences from `first` on, up to `last`.
+    """
     acts_NTF, counted_NT, routed_NTE, lottery_N = data
     sequences, tokens, _ = acts_NTF.shape
-    kept = EXPERT_F if indices is None else EXPERT_F[indices]
+    sequences = sequences if last is None else last
     drawn = drawn_from(counted_NT, sampled, max(draws or [0]))
-    tokens_NT = np.zeros((sequences, tokens), np.int32) if tokens_NT is None else tokens_NT
-    reduction = empty_reduction(
-        kinds=KINDS,
-        neurons=len(kept),
-        k=k,
-        tokens=tokens,
-        sampled_tokens=len(drawn.token_M),
-        dtype=jnp.dtype("float16"),
-        mesh=mesh,
-        experts=4,
-        expert_F=kept,
-        draws=draws,
-        summed=summed,
-        vocabulary=VOCABULARY,
-    )
+    tokens_NT = np.zeros(counted_NT.shape, np.int32) if tokens_NT is None else tokens_NT
+    if reduction is None:
+        options = {"indices": indices, "draws": draws, "summed": summed}
+        reduction = empty(mesh, k=k, tokens=tokens, sampled=len(drawn.token_M), **options)
     # What is not routed is 0 in the decoder; here it is large, so that nothing relies on that.
     junk_NTF = np.where(routed_NTE[..., EXPERT_F], acts_NTF, 1e4).astype(np.float32)
-    for start in range(0, sequences, batch):
+    for start in range(first, sequences, batch):
         stop = min(start + batch, sequences)
 
         def part(array, start=start, stop=stop, fill=0):

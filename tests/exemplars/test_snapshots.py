@@ -14,6 +14,7 @@ from jaxplain.exemplars.snapshots import reductions_from, regroup, snapshot, sna
 from jaxplain.exemplars.token_sample import merge_sample
 from jaxplain.exemplars.token_sums import merge_token_sums, spread_over_shards
 from jaxplain.exemplars.topk import EMPTY
+from tests.exemplars import test_experts as experts
 from tests.exemplars.test_reduction import (
     MESHES,
     assert_equals_oracle,
@@ -121,7 +122,7 @@ def test_any_mesh_goes_on_from_any_other(before, after):
         )
         for name in ("draws", "sample"):
             jax.tree.map(np.testing.assert_array_equal, found[name], whole[name])
-        np.testing.assert_array_equal(found["tokens"].count_V, whole["tokens"].count_V)
+        np.testing.assert_array_equal(found["tokens"].count_NV, whole["tokens"].count_NV)
         np.testing.assert_allclose(found["tokens"].mean_NV, whole["tokens"].mean_NV, rtol=1e-6, atol=1e-7)
 
 
@@ -211,7 +212,7 @@ def test_moments_of_another_number_of_shards(before, after):
         moments = fold(empty(mesh), acts, mesh, 0, 48).moments
     found = regroup(moments, after, add_moments)
     assert found.mean_F.shape == (after, NEURONS)
-    assert found.token_count.dtype == jnp.uint32
+    assert found.token_count_G.dtype == jnp.uint32
     assert_statistics_equal_oracle(merge_moments(found), acts[0], acts[1])
     if before == after:
         assert found is moments
@@ -228,3 +229,92 @@ def test_a_snapshot_outlives_the_state_that_it_was_taken_of(shape):
         array.delete()
     for array, values in zip(jax.tree.leaves(found), before, strict=True):
         np.testing.assert_array_equal(np.asarray(array), values)
+
+
+CHOSEN_OF_EXPERTS = np.array([0, 5, 6, 20])
+KEPT_OF_EXPERTS = np.array([1, 6, 7, 20])
+"""As many as there are experts, so that neurons cannot be taken for experts."""
+
+
+def padded_to(mesh, indices):
+    return np.pad(indices, (0, -len(indices) % mesh.shape["model"]), mode="edge")
+
+
+def of_experts(data, mesh, indices, chosen, **options):
+    """The reduction of a layer of experts: `indices` are kept, and of these `chosen` summed by token."""
+    padded = padded_to(mesh, indices)
+    tokens_NT = np.random.default_rng(1).integers(0, experts.VOCABULARY, data[1].shape).astype(np.int32)
+    where = summed(mesh, len(padded), chosen)[0]
+    return experts.reduced(
+        data, mesh, indices=padded, draws=DRAWS, summed=where, tokens_NT=tokens_NT, **options
+    )
+
+
+def moved_experts(reduction, before, after, indices, chosen):
+    sizes = [len(padded_to(mesh, indices)) for mesh in (before, after)]
+    there = [{3: summed(mesh, size, chosen)} for mesh, size in zip((before, after), sizes, strict=True)]
+    kept = {3: len(indices)}
+    found = snapshot({3: reduction}, kept=kept, summed=there[0], mesh=before)
+    empty_there = functools.partial(
+        experts.empty, after, indices=padded_to(after, indices), draws=DRAWS, summed=there[1][3][0]
+    )
+    like = {3: jax.eval_shape(empty_there)}
+    form = snapshot_form(like, kept=kept, summed=there[1], parts=before.shape["data"], mesh=after)
+    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (found, form)]
+    assert shapes[0] == shapes[1]
+    placed = jax.tree.map(lambda x, wanted: jax.device_put(np.asarray(x), wanted.sharding), found, form)
+    return reductions_from(placed, like, summed=there[1], mesh=after)[3]
+
+
+def answers_of_experts(reduction, mesh, indices, chosen):
+    column_N = summed(mesh, len(padded_to(mesh, indices)), chosen)[1]
+    kept = slice(len(indices))
+    ranked = {name: merge_top(top, mesh=mesh) for name, top in (reduction.tops | reduction.draws).items()}
+    return {
+        "ranked": {name: [np.asarray(x)[kept] for x in tops] for name, tops in ranked.items()},
+        "read": {count: np.asarray(x).sum(0)[kept] for count, x in reduction.read.items()},
+        "sample": np.asarray(merge_sample(reduction.sample_MF, mesh=mesh))[:, kept],
+        "counts": merge_token_sums(reduction.token_sums, column_N).count_NV,
+        "means": merge_token_sums(reduction.token_sums, column_N).mean_NV,
+    }
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((1, 1), (8, 1)), ((8, 1), (2, 4)), ((2, 4), (4, 2)), ((1, 8), (8, 1)), ((4, 2), (4, 2))],
+)
+@pytest.mark.parametrize(
+    ("indices", "chosen"), [(np.arange(24), CHOSEN_OF_EXPERTS), (KEPT_OF_EXPERTS, np.array([3]))]
+)
+def test_experts_go_on_from_any_mesh_on_any_other(before, after, indices, chosen):
+    before, after, alone = make_mesh(*before), make_mesh(*after), make_mesh(1, 1)
+    for seed, levels in ((0, None), (1, 2)):
+        data = experts.draw(seed, levels=levels, share_routed=0.2)
+        reduction = of_experts(data, before, indices, chosen, last=24)
+        reduction = moved_experts(reduction, before, after, indices, chosen)
+        assert np.asarray(reduction.expert_F).shape == (after.shape["data"], len(padded_to(after, indices)))
+        np.testing.assert_array_equal(reduction.expert_F[0], experts.EXPERT_F[padded_to(after, indices)])
+        np.testing.assert_array_equal(reduction.tops["random"].group_F, reduction.expert_F)
+        reduction = of_experts(data, after, indices, chosen, reduction=reduction, first=24)
+        experts.assert_equals_oracle(reduction, data, after, indices=indices)
+        found = answers_of_experts(reduction, after, indices, chosen)
+        whole = answers_of_experts(of_experts(data, alone, indices, chosen), alone, indices, chosen)
+        means = found.pop("means"), whole.pop("means")
+        jax.tree.map(np.testing.assert_array_equal, found, whole)
+        np.testing.assert_allclose(*means, rtol=1e-6, atol=1e-7)
+        assert len(np.unique(found["read"][20])) > 1, "experts read different numbers of what is drawn"
+
+
+def test_experts_go_on_with_the_same_bits_on_the_same_mesh():
+    mesh, indices = make_mesh(2, 4), np.arange(24)
+    data = experts.draw(2)
+    whole = of_experts(data, mesh, indices, CHOSEN_OF_EXPERTS)
+    part = of_experts(data, mesh, indices, CHOSEN_OF_EXPERTS, last=24)
+    part = moved_experts(part, mesh, mesh, indices, CHOSEN_OF_EXPERTS)
+    part = of_experts(data, mesh, indices, CHOSEN_OF_EXPERTS, reduction=part, first=24)
+    one, other = (
+        (answers_of_experts(reduction, mesh, indices, CHOSEN_OF_EXPERTS), reduction.moments)
+        for reduction in (part, whole)
+    )
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
