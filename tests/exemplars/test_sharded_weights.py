@@ -14,7 +14,7 @@ from jaxplain.exemplars.step import make_step
 from jaxplain.subjects.decoder import Decoder
 from jaxplain.subjects.loading import partition, spread_over_data
 from jaxplain.subjects.subject import open_subject
-from tests import tiny
+from tests import families, tiny
 from tests.exemplars.test_reduction import make_mesh
 from tests.exemplars.test_step import BATCH, TOKENS, architecture
 from tests.running import runs
@@ -61,6 +61,15 @@ def test_the_store_is_the_same(tmp_path):
     spread = runs.run(config, tmp_path / "spread", *mesh, "--run.shard_weights", "true")
     assert spread.config["run"]["shard_weights"] is True
     assert "shard_weights" not in usual.config["run"]
+    runs.assert_same_answer(spread, usual)
+
+
+def test_experts_may_be_spread_too(tmp_path):
+    model = families.QWEN2_MOE | {"mlp_only_layers": [0]}
+    config = runs.write_config(tmp_path, model=model)
+    mesh = ("--run.mesh.data", 4, "--run.mesh.model", 2)
+    usual = runs.run(config, tmp_path / "usual", *mesh)
+    spread = runs.run(config, tmp_path / "spread", *mesh, "--run.shard_weights", "true")
     runs.assert_same_answer(spread, usual)
 
 

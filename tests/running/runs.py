@@ -22,9 +22,9 @@ class Crash(BaseException):
     """Stands in for a sudden end where no other process is needed to see what is left."""
 
 
-def write_config(folder, *, documents=150, sequences=SEQUENCES, **run):
-    """A model, a corpus and a config that uses both, under a folder; gives the config's path."""
-    tiny.write_model(folder / "model", tiny.LLAMA | {"num_hidden_layers": 2})
+def write_config(folder, *, model=tiny.LLAMA, documents=150, sequences=SEQUENCES, **run):
+    """A model of two layers, a corpus and a config with both, under a folder; gives the config's path."""
+    tiny.write_model(folder / "model", model | {"num_hidden_layers": 2})
     tiny.write_corpus(folder / "docs.jsonl", documents)
     config = {
         "subject": {"id": str(folder / "model")},

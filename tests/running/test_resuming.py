@@ -14,6 +14,7 @@ import jaxplain
 from jaxplain.corpora.tokens import write_token_table
 from jaxplain.errors import JaxplainError, Stopped
 from jaxplain.store.writer import SplitWriter, StoreWriter
+from tests import families
 from tests.running import runs
 from tests.running.runs import BATCH, STEPS, Crash, crash, interrupted, run, terminate
 
@@ -78,6 +79,23 @@ def test_it_may_go_on_on_another_mesh(config, whole, tmp_path, monkeypatch, mesh
     store = run(config, tmp_path, "--run.mesh.data", mesh[0], "--run.mesh.model", mesh[1])
     assert len(taken) == 2 * STEPS - 3
     runs.assert_same_answer(store, jaxplain.open_store(whole))
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """A config with a mixture of experts whose first layer is plain."""
+    model = families.QWEN2_MOE | {"mlp_only_layers": [0]}
+    return runs.write_config(tmp_path_factory.mktemp("mixture"), model=model)
+
+
+@pytest.mark.parametrize("chosen", [(), ("--neurons.experts", "[1, 4]", "--neurons.indices", "[3, 7, 12]")])
+def test_a_mixture_of_experts_goes_on(mixture, tmp_path, monkeypatch, chosen):
+    arguments = (*MESH, *chosen)
+    reference = run(mixture, tmp_path / "whole", *arguments)
+    for output, other in ((tmp_path / "same", MESH), (tmp_path / "other", ("--run.mesh.model", 2))):
+        interrupted(monkeypatch, mixture, output, *arguments, steps=3, act=terminate, raised=Stopped)
+        runs.assert_same_answer(run(mixture, output, *other, *chosen), reference)
+    runs.assert_same_bits(tmp_path / "same", tmp_path / "whole")
 
 
 def test_the_first_mesh_may_be_wider_in_either_way(config, whole, tmp_path, monkeypatch):
