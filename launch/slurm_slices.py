@@ -46,6 +46,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
     output = environment.get("OUTPUT_DIR") or config.get("output")
     if not output:
         refuse("output", output, "name a folder in the config or in OUTPUT_DIR")
+    _require_mergeable(config)
     output = output.rstrip("/")
     if "://" in output and not options.folder:
         refuse("output", output, "it is no local folder, so name one for the slices' configs with --folder")
@@ -60,6 +61,18 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
         (folder / f"{number}.yaml").write_text(json.dumps(part, indent=1), encoding="utf-8")
     job = _run(submit).split(";")[0]
     print(f"slices are job {job}, and job {_run([word.replace('$job', job) for word in merge])} merges them")
+
+
+def _require_mergeable(config: Mapping[str, Any]) -> None:
+    """Refuse before the slices are extracted what would be refused when they are merged."""
+    kinds = config.get("exemplars", {}).get("kinds", [])
+    if "quantile" in kinds:
+        refuse("exemplars.kinds", kinds, "stores with quantile cannot be merged, so leave it out")
+    tables = config.get("statistics", {}).get("tokens", {}).get("neurons")
+    if tables:
+        refuse(
+            "statistics.tokens.neurons", tables, "stores with token tables cannot be merged, so leave it out"
+        )
 
 
 def slice_config(

@@ -5,7 +5,7 @@
 #       launch/tpu_pod.sh my-tpu my_run.yaml gs://my-bucket/run [flags of jaxplain.extract]
 #
 # Run it from jaxplain's checkout, with gcloud's project set; it installs the last commit. The output has to lie
-# in a bucket, since a slice that is preempted is deleted. SPOT=0 asks for a slice that is not preempted,
+# in a bucket, since a slice that is preempted is deleted, and so do the checkpoints beside it. SPOT=0 asks for a slice that is not preempted,
 # ATTEMPTS says how often to try (20), WAIT how many seconds lie between two looks at a slice (30). The slice
 # stays when the run is over: delete it.
 set -euo pipefail
@@ -40,7 +40,7 @@ install() {
             --zone="$ZONE" --worker=all &&
         rm -r "$folder" &&
         on_workers all "mkdir -p jaxplain && tar -xzf jaxplain.tar.gz -C jaxplain && \
-python3 -m venv venv && venv/bin/pip install --quiet 'jax[tpu]' ./jaxplain"
+python3 -m venv venv && venv/bin/pip install --quiet 'jax[tpu]' './jaxplain[gcs]'"
 }
 
 ready() {
@@ -58,7 +58,8 @@ ready() {
 }
 
 # The status is kept on the workers, because gcloud has one of its own for several of them.
-extraction=$(printf '%q ' venv/bin/python -m jaxplain.extract --config run.yaml --output "$output" "$@")
+extraction=$(printf '%q ' venv/bin/python -m jaxplain.extract --config run.yaml --output "$output" \
+    --run.checkpoint_folder "$output" "$@")
 for ((attempt = 1; attempt <= ${ATTEMPTS:-20}; attempt++)); do
     echo "attempt $attempt: $extraction"
     if ! ready || ! install; then

@@ -69,6 +69,13 @@ def test_a_preempted_pod_restarts_the_run_and_others_fail_it():
     assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
 
 
+def test_checkpoints_lie_beside_the_output():
+    pod = JOBSET["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    arguments = pod["containers"][0]["args"]
+    flags = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    assert flags["--run.checkpoint_folder"] == flags["--output"] == "gs://BUCKET/RUN"
+
+
 def test_volumes_are_those_that_are_mounted():
     pod = JOBSET["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     mounts = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}

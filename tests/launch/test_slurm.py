@@ -227,6 +227,26 @@ def test_what_a_config_lacks_is_refused(cluster):
         assert ended.stderr.startswith(f"error: {block + '.' if block else ''}{field} is {named}; ")
 
 
+@pytest.mark.parametrize(
+    ("block", "value", "sentence"),
+    [
+        ("exemplars", {"kinds": ["max", "quantile"]}, "exemplars.kinds is ['max', 'quantile']; stores with"),
+        (
+            "statistics",
+            {"tokens": {"neurons": 3}},
+            "statistics.tokens.neurons is 3; stores with token tables",
+        ),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_before_it_is_extracted(cluster, block, value, sentence):
+    config = json.loads((cluster.folder / "run.yaml").read_text())
+    (cluster.folder / "run.yaml").write_text(json.dumps(config | {block: value}))
+    ended = cluster.run("python", SLICES, "2", "--config", "run.yaml")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"error: {sentence}")
+    assert not (cluster.folder / "slurm").exists()
+
+
 def test_a_remote_output_has_its_configs_in_a_folder(cluster):
     slices(cluster, "2", "--folder", "parts", OUTPUT_DIR="gs://b/o/")
     assert read(cluster.calls()[0])["output"] == "gs://b/o/slices/0"
@@ -252,7 +272,8 @@ def test_slices_of_a_real_corpus_are_extracted(cluster):
         "output": "run",
     }
     (cluster.folder / "run.yaml").write_text(yaml.safe_dump(config))
-    slices(cluster, "2", REAL="jaxplain.extract", PYTHONPATH=str(LAUNCH.parent), XLA_FLAGS="")
+    real = "jaxplain.extract jaxplain.merge"
+    slices(cluster, "2", REAL=real, PYTHONPATH=str(LAUNCH.parent), XLA_FLAGS="")
     logs = "".join(log.read_text() for log in (cluster.folder / "slurm").glob("log-*"))
     documents = []
     for number in range(2):
@@ -262,4 +283,6 @@ def test_slices_of_a_real_corpus_are_extracted(cluster):
         documents.append(set(split.sequences(np.arange(split.sequence_count))["document"].tolist()))
     assert [len(found) for found in documents] == [20, 20]
     assert not documents[0] & documents[1]
-    assert cluster.calls("jaxplain.merge") == [["run", "run/slices/0", "run/slices/1"]]
+    merged = cluster.folder / "run/exemplars.zarr"
+    assert merged.exists(), logs
+    assert jaxplain.open_store(merged)["train"].sequence_count == split.sequence_count * 2

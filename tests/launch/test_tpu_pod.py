@@ -6,7 +6,7 @@ from tests.launch.conftest import LAUNCH
 
 SCRIPT = LAUNCH / "tpu_pod.sh"
 SLICE = {"ZONE": "z", "ACCELERATOR_TYPE": "v5litepod-16", "RUNTIME": "r", "WAIT": "0"}
-RUN = ["--config", "run.yaml", "--output", "gs://b/o"]
+RUN = ["--config", "run.yaml", "--output", "gs://b/o", "--run.checkpoint_folder", "gs://b/o"]
 
 
 def pod(cluster, *arguments, preemptions=0, **environment):
