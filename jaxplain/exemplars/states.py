@@ -22,7 +22,7 @@ def state_options(
     shards: int,
     rows: int | None,
     sampled: int,
-    tabled: Mapping[int, Int[np.ndarray, "N"]],
+    tabled: Mapping[int, Int[np.ndarray, "_"]],
 ) -> dict[str, Any]:
     """What `reduction.empty_reduction` is told of a layer, but for the mesh, of which `shards` share neurons.
 
@@ -68,7 +68,7 @@ def padded(values_N: Int[np.ndarray, "N"], shards: int) -> Int[np.ndarray, "F"]:
 
 
 def summed_columns(
-    selection: Selection, tabled: Mapping[int, Int[np.ndarray, "N"]], layer: int, shards: int
+    selection: Selection, tabled: Mapping[int, Int[np.ndarray, "_"]], layer: int, shards: int
 ) -> tuple[Int[np.ndarray, "C"], Int[np.ndarray, "N"]]:
     """Where a layer's neurons with a table are summed up; see `token_sums.spread_over_shards`."""
     kept = selection.indices[layer]

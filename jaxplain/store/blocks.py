@@ -135,7 +135,9 @@ def merge_block(
     sample_NM = _sample(block, slices, draws)
     out.write_sample(block.layer, block.columns, sample_NM)
     return statistics | {
-        schema.QUANTILE: quantiles_by_count(np.array(levels), statistics["count"], sample_NM, tails)
+        schema.QUANTILE: quantiles_by_count(
+            np.array(levels, np.float64), statistics["count"], sample_NM, tails
+        )
     }
 
 
