@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
@@ -92,7 +92,7 @@ def _some(x: Any) -> Any:
 
 
 def snapshot_form(
-    empty: Reductions, *, kept: Mapping[int, int], summed: Summed, parts: int, mesh: Mesh
+    empty: Reductions, *, kept: Mapping[int, int], summed: Summed, parts: int, mesh: Mesh | AbstractMesh
 ) -> Snapshot:
     """Shapes, dtypes and shardings of a snapshot of reductions like these, taken with `parts` data shards.
 

@@ -86,7 +86,7 @@ def partition(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P
     return P(*spec)
 
 
-def spread_over_data(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+def spread_over_data(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """A place on the mesh, and along the longest free axis that divides by it on `data` too."""
     axes: list[str | None] = [*spec, *[None] * (len(shape) - len(spec))]
     size = mesh.shape["data"]
