@@ -128,10 +128,11 @@ def test_the_planned_arrays_are_those_of_a_store(tmp_path, model, more):
 
 def test_strata_and_tables_of_a_mixture_take_their_place():
     base = store_size(demand(MIXTURE))
-    # Six strata of two sequences each, with the number of a stratum for each rank, in place of four.
+    # Six strata of two sequences each, with the number of a stratum for each rank, in place of four. The
+    # places of chunks, of neurons that there are not too, are a twentieth.
     strata = {"kinds": ["quantile"], "samples_per_quantile": 2}
     quantile = store_size(demand(MIXTURE, exemplars=strata)).exemplars
-    assert quantile == pytest.approx(base.exemplars / 2 / 4 * 12 * (128 * 2 + 12) / (128 * 2 + 8), rel=0.02)
+    assert quantile == pytest.approx(base.exemplars / 2 / 4 * 12 * (128 * 2 + 12) / (128 * 2 + 8), rel=0.05)
     tables = {"sampled_tokens": 32, "tokens": {"neurons": 5, "count": 3}}
     more = store_size(demand(MIXTURE, statistics=tables)).statistics - base.statistics
     # Of both signs a token, a mean and a count, and the names of the neurons; with the places of 9 chunks.
