@@ -271,7 +271,7 @@ def answers_of_experts(reduction, mesh, indices, chosen):
     kept = slice(len(indices))
     ranked = {name: merge_top(top, mesh=mesh) for name, top in (reduction.tops | reduction.draws).items()}
     return {
-        "ranked": {name: [np.asarray(x)[kept] for x in tops] for name, tops in ranked.items()},
+        "ranked": {str(name): [np.asarray(x)[kept] for x in tops] for name, tops in ranked.items()},
         "read": {count: np.asarray(x).sum(0)[kept] for count, x in reduction.read.items()},
         "sample": np.asarray(merge_sample(reduction.sample_MF, mesh=mesh))[:, kept],
         "counts": merge_token_sums(reduction.token_sums, column_N).count_NV,
