@@ -259,7 +259,7 @@ class Extraction:
                     drawn.turns,
                     wanted=self.config.exemplars.samples_per_quantile,
                     read={
-                        count: np.asarray(read_PF).sum(axis=0)[kept]
+                        count: np.asarray(read_PF).sum(axis=0, dtype=np.int64)[kept]
                         for count, read_PF in reduction.read.items()
                     },
                 )

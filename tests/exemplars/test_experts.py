@@ -186,7 +186,7 @@ def test_draws_of_sequences_are_of_those_that_an_expert_reads(shape):
     ranked, read = {}, {}
     for count, top in reduction.draws.items():
         ranked[count] = found = _sequences(merge_top(top, mesh=mesh), slice(len(EXPERT_F)))
-        read[count] = np.asarray(reduction.read[count]).sum(axis=0)
+        read[count] = np.asarray(reduction.read[count]).sum(axis=0, dtype=np.int64)
         drawn_NF = (turn_N < count)[:, None] & there_NTF.any(1)
         np.testing.assert_array_equal(read[count], drawn_NF.sum(0))
         assert len(np.unique(read[count])) > 1
