@@ -378,10 +378,23 @@ def test_tokens_of_other_neurons_are_estimated_from_what_their_expert_reads(rich
     neuron = richer["train"].neuron(0, 3, expert=2)
     found = neuron.tokens()
     assert not any(token.exact for token in found)
-    stored = {e.sequence: e for kind in ("max", "random") for e in neuron.exemplars(kind)}
-    assert sum(token.count for token in found) == sum(
-        np.count_nonzero(~np.isnan(e.activations)) for e in stored.values()
+    extreme = neuron.exemplars("max")
+    others = [e for e in neuron.exemplars("random") if e.sequence not in {e.sequence for e in extreme}]
+    seen, drawn = (
+        sum(np.count_nonzero(~np.isnan(e.activations)) for e in part) for part in (extreme, others)
     )
+    assert sum(token.count for token in found) == seen + drawn
+    assert drawn
+    # Other sequences stand for the tokens that the expert reads, and that are in none of the extreme ones.
+    totals: dict[int, list[float]] = {}
+    for part, weight in ((extreme, 1.0), (others, (neuron.stats.count - seen) / drawn)):
+        for e in part:
+            for token, act in zip(e.tokens.tolist(), e.activations.tolist(), strict=True):
+                total = totals.setdefault(token, [0.0, 0.0])
+                total[0] += 0 if np.isnan(act) else weight * act
+                total[1] += 0 if np.isnan(act) else weight
+    for token in found:
+        np.testing.assert_allclose(token.mean, totals[token.token][0] / totals[token.token][1], atol=1e-6)
     group = zarr.open_group(workspace / "richer" / "exemplars.zarr", mode="r")["train"]["token_table"]
     columns = [group[f"chosen_{axis}"][:].tolist() for axis in ("layer", "expert", "neuron")]
     assert list(zip(*columns, strict=True)) == sorted(NAMED)
