@@ -104,7 +104,8 @@ class TokenTable(NamedTuple):
 def merge_token_sums(sums: TokenSums, column_N: Int[np.ndarray, "N"]) -> TokenTable:
     """Means over parts that are stacked along a leading axis, in float64."""
     count_VG = np.asarray(sums.count_VG).sum(axis=0, dtype=np.int64)
-    total_VC = sum(np.asarray(x).sum(axis=0, dtype=np.float64) for x in (sums.sum_VC, sums.carry_VC))
+    sum_VC, carry_VC = (np.asarray(x).sum(axis=0, dtype=np.float64) for x in (sums.sum_VC, sums.carry_VC))
+    total_VC = sum_VC + carry_VC
     count_VN = np.broadcast_to(count_VG, total_VC.shape)[:, column_N]
     with np.errstate(invalid="ignore"):
         return TokenTable((total_VC[:, column_N] / count_VN).T, count_VN.T)
