@@ -192,6 +192,24 @@ def test_a_tsv_without_the_column_or_with_the_wrong_delimiter(tokenizer, tmp_pat
         open_source(SourceConfig(**fields), tokenizer)
 
 
+def test_the_rows_of_a_stream_are_counted_through_its_blocks(tokenizer, tmp_path, monkeypatch):
+    """From whatever block on: a record that is no text is named by its row."""
+    monkeypatch.setattr("jaxplain.corpora.records.BLOCK", 4)
+    opened = stream(tokenizer, dataset="json", data_files=str(tiny.write_corpus(tmp_path / "docs.jsonl", 10)))
+    for first in (0, 1, 2):
+        blocks = list(opened.blocks(seed=0, first=first))
+        assert [block.rows for block in blocks] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]][first:]
+        assert [text for block in blocks for text in block.values] == tiny.documents(10)[4 * first :]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_empty_texts_are_no_documents(tokenizer, tmp_path, streaming):
+    (tmp_path / "docs.jsonl").write_text('{"text": "the cat"}\n{"text": ""}\n{"text": null}\n')
+    given = SourceConfig(dataset="json", data_files=str(tmp_path / "docs.jsonl"), streaming=streaming)
+    (found,) = documents(open_source(given, tokenizer), tokenizer)
+    assert found.text == "the cat"
+
+
 def test_a_stream_that_breaks_midway_in_one_sentence(tokenizer, tmp_path):
     whole = str(tiny.write_corpus(tmp_path / "whole.jsonl", 20))
     torn = tmp_path / "torn.jsonl.gz"

@@ -119,8 +119,9 @@ def test_the_strongest_tokens():
     token, mean, _ = strongest_tokens(table, kept=2, min_count=1, lowest=True)
     assert token.tolist() == [[4, 0], [1, 0]]
     assert mean.tolist() == [[-2, 1], [-1, 0]]
-    token, _, _ = strongest_tokens(table, kept=7, min_count=1)
+    token, _, count = strongest_tokens(table, kept=7, min_count=1)
     assert token.tolist() == [[1, 3, 0, 4, -1, -1, -1], [4, 3, 0, 1, -1, -1, -1]]
+    assert count.tolist() == [[7, 3, 4, 2, 0, 0, 0], [1, 3, 4, 7, 0, 0, 0]]
 
 
 ARCH = Architecture(
