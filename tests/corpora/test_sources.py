@@ -192,6 +192,24 @@ def test_a_tsv_without_the_column_or_with_the_wrong_delimiter(tokenizer, tmp_pat
         open_source(SourceConfig(**fields), tokenizer)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_chat_is_known_by_its_messages(tokenizer, tmp_path, streaming):
+    """However the keys of a message are ordered in the file."""
+    lines = ['{"role": "user", "content": "hi"}', '{"role": "user", "content": "ho"}']
+    lines.append('{"content": "hi", "role": "user"}')
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(f'{{"messages": [{line}]}}\n' for line in lines))
+    given = SourceConfig(
+        dataset="json",
+        data_files=str(file),
+        chat_column="messages",
+        streaming=streaming,
+        shuffle_buffer=0,
+    )
+    ids = [document.id for document in documents(open_source(given, tokenizer), tokenizer)]
+    assert (len(ids), len(set(ids))) == (3, 2)
+
+
 def test_the_rows_of_a_stream_are_counted_through_its_blocks(tokenizer, tmp_path, monkeypatch):
     """From whatever block on: a record that is no text is named by its row."""
     monkeypatch.setattr("jaxplain.corpora.records.BLOCK", 4)
