@@ -270,7 +270,10 @@ def refusal(kind, status):
 def test_what_the_hub_refuses(tokenizer, monkeypatch, tmp_path, kind, status, message, streaming):
     """The hub's answer comes where `datasets` asks for the dataset's card; the rest is the real library."""
 
+    asked = []
+
     def refuse(*arguments, **options):
+        asked.append(options["revision"])
         raise refusal(kind, status)
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
@@ -279,3 +282,4 @@ def test_what_the_hub_refuses(tokenizer, monkeypatch, tmp_path, kind, status, me
     with pytest.raises(JaxplainError, match=message) as caught:
         open_source(given, tokenizer)
     assert "\n" not in str(caught.value)
+    assert set(asked) == {"v7"}
