@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 import jaxplain
 from jaxplain.configs.extraction import ExemplarsConfig, MeshConfig, StatisticsConfig, SubjectConfig
@@ -114,6 +115,37 @@ def primed(reduction: LayerReduction, extremes: dict[str, np.ndarray], seen: int
     return reduction._replace(tops=tops, draws=draws)
 
 
+def primed_reductions(
+    subject: Subject,
+    mesh: Mesh,
+    extremes: dict[int, dict[str, np.ndarray]],
+    seen: int,
+    *,
+    k: int,
+    tokens: int,
+    **more: Any,
+) -> Reductions:
+    """Every layer's reduction as it would be after `seen` sequences; `more` is for `empty_reduction`."""
+    return {
+        layer: primed(
+            empty_reduction(
+                kinds=KINDS,
+                neurons=subject.arch.neurons,
+                k=k,
+                tokens=tokens,
+                sampled_tokens=StatisticsConfig().sampled_tokens,
+                dtype=jnp.dtype("float16"),
+                mesh=mesh,
+                **more,
+            ),
+            extremes[layer],
+            seen,
+            k,
+        )
+        for layer in range(subject.arch.layers)
+    }
+
+
 def random_rows(rng: np.random.Generator, subject: Subject, number: int, *, batch: int, tokens: int) -> Rows:
     """A batch as it might come from the middle of a split of SPLIT_ROWS sequences."""
     drawn = round(StatisticsConfig().sampled_tokens * batch / SPLIT_ROWS)
@@ -145,23 +177,7 @@ def measure(subject: Subject, *, batch: int, tokens: int, k: int, steps: int) ->
     extremes = extremes_of(model, [draw() for _ in range(CALIBRATION_BATCHES)])
     states: dict[int, Reductions] = {}
     for seen in (2_000, 20_000):
-        states[seen] = {
-            layer: primed(
-                empty_reduction(
-                    kinds=KINDS,
-                    neurons=subject.arch.neurons,
-                    k=k,
-                    tokens=tokens,
-                    sampled_tokens=StatisticsConfig().sampled_tokens,
-                    dtype=jnp.dtype("float16"),
-                    mesh=mesh,
-                ),
-                extremes[layer],
-                seen,
-                k,
-            )
-            for layer in range(subject.arch.layers)
-        }
+        states[seen] = primed_reductions(subject, mesh, extremes, seen, k=k, tokens=tokens)
     seconds: dict[Any, list[float]] = {"trunk": [], 2_000: [], 20_000: []}
     for number in range(steps + 1):
         batch_rows = jax.block_until_ready(random_rows(rng, subject, number, batch=batch, tokens=tokens))
@@ -216,26 +232,17 @@ def measure_statistics(subject: Subject, *, batch: int, tokens: int, k: int, ste
     ]
     extremes = extremes_of(model, calibration)
     exemplars = ExemplarsConfig()
-    state = {
-        layer: primed(
-            empty_reduction(
-                kinds=KINDS,
-                neurons=subject.arch.neurons,
-                k=k,
-                tokens=tokens,
-                sampled_tokens=StatisticsConfig().sampled_tokens,
-                dtype=jnp.dtype("float16"),
-                mesh=mesh,
-                draws=kept_of_draws(plan_strata(exemplars.strata, wanted=exemplars.samples_per_quantile)),
-                summed=np.arange(TABLED_NEURONS, dtype=np.int32),
-                vocabulary=subject.arch.vocabulary,
-            ),
-            extremes[layer],
-            2_000,
-            k,
-        )
-        for layer in range(subject.arch.layers)
-    }
+    state = primed_reductions(
+        subject,
+        mesh,
+        extremes,
+        2_000,
+        k=k,
+        tokens=tokens,
+        draws=kept_of_draws(plan_strata(exemplars.strata, wanted=exemplars.samples_per_quantile)),
+        summed=np.arange(TABLED_NEURONS, dtype=np.int32),
+        vocabulary=subject.arch.vocabulary,
+    )
     unchanged = {
         name: mock.patch.object(reduction_module, name, lambda state, *_, **__: state)
         for name in ("update_moments", "update_sample")

@@ -7,7 +7,8 @@ import os
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from jaxplain.errors import JaxplainError
-from jaxplain.store.reader import Exemplar, Neuron, NeuronStatistics, Split, Store, open_store
+from jaxplain.store.exemplar import Exemplar, NeuronStatistics
+from jaxplain.store.reader import Neuron, Split, Store, open_store
 from jaxplain.store.token_means import TokenMean
 
 __all__ = [

@@ -334,3 +334,98 @@ def test_experts_of_a_subject_without_any(workspace, tmp_path):
         split.neuron(0, 3, expert=1)
     with pytest.raises(JaxplainError, match="expert 1 is asked for"):
         show([str(tmp_path / "run"), "--layer", "0", "--expert", "1", "--neuron", "3"])
+
+
+NAMED = [(0, 1, 3), (1, 0, 40), (2, 4, 23), (2, 0, 5)]
+
+
+@pytest.fixture(scope="module")
+def richer(workspace):
+    """With strata, whose draws are of all sequences, and token tables."""
+    arguments = (
+        *("--exemplars.kinds", "[max, min, random, quantile]"),
+        *("--exemplars.strata", "[0.5]", "--exemplars.samples_per_quantile", "4"),
+        *("--statistics.tokens.neurons", str([list(name) for name in NAMED])),
+        *("--statistics.tokens.count", "6", "--statistics.tokens.min_count", "2", "--run.mesh.model", "4"),
+    )
+    return extract(workspace, workspace / "richer", *arguments)
+
+
+@pytest.mark.parametrize("sign", ["max", "min"])
+@pytest.mark.parametrize("name", NAMED)
+def test_token_tables_are_over_what_an_expert_reads(richer, seen, name, sign):
+    acts_LNTF, counted_NT, _ = seen
+    split = richer["train"]
+    tokens_NT = split.sequences(np.arange(SEQUENCES))["token"]
+    layer, expert, index = name
+    acts_NT = acts_LNTF[layer][..., sum(WIDTHS[layer][:expert]) + index]
+    there_NT = counted_NT & ~np.isnan(acts_NT)
+    direction = -1 if sign == "max" else 1
+    expected = []
+    for token in np.unique(tokens_NT[there_NT]).tolist():
+        acts_M = acts_NT[there_NT & (tokens_NT == token)]
+        if len(acts_M) >= 2:
+            expected.append((direction * acts_M.mean(dtype=np.float64), token, len(acts_M)))
+    expected = sorted(expected)[:6]
+    found = split.neuron(layer, index, expert=expert).tokens(sign)
+    assert all(token.exact for token in found)
+    assert [(token.token, token.count) for token in found] == [row[1:] for row in expected]
+    means = [direction * row[0] for row in expected]
+    np.testing.assert_allclose([token.mean for token in found], means, rtol=1e-4, atol=1e-6)
+
+
+def test_tokens_of_other_neurons_are_estimated_from_what_their_expert_reads(richer, workspace):
+    neuron = richer["train"].neuron(0, 3, expert=2)
+    found = neuron.tokens()
+    assert not any(token.exact for token in found)
+    extreme = neuron.exemplars("max")
+    others = [e for e in neuron.exemplars("random") if e.sequence not in {e.sequence for e in extreme}]
+    seen, drawn = (
+        sum(np.count_nonzero(~np.isnan(e.activations)) for e in part) for part in (extreme, others)
+    )
+    assert sum(token.count for token in found) == seen + drawn
+    assert drawn
+    # Other sequences stand for the tokens that the expert reads, and that are in none of the extreme ones.
+    totals: dict[int, list[float]] = {}
+    for part, weight in ((extreme, 1.0), (others, (neuron.stats.count - seen) / drawn)):
+        for e in part:
+            for token, act in zip(e.tokens.tolist(), e.activations.tolist(), strict=True):
+                total = totals.setdefault(token, [0.0, 0.0])
+                total[0] += 0 if np.isnan(act) else weight * act
+                total[1] += 0 if np.isnan(act) else weight
+    for token in found:
+        np.testing.assert_allclose(token.mean, totals[token.token][0] / totals[token.token][1], atol=1e-6)
+    group = zarr.open_group(workspace / "richer" / "exemplars.zarr", mode="r")["train"]["token_table"]
+    columns = [group[f"chosen_{axis}"][:].tolist() for axis in ("layer", "expert", "neuron")]
+    assert list(zip(*columns, strict=True)) == sorted(NAMED)
+
+
+def test_strata_are_of_the_sequences_that_an_expert_reads(richer, seen):
+    acts_LNTF, counted_NT, _ = seen
+    split = richer["train"]
+    assert split.strata == ((0, 0.5), (0.5, 1))
+    counts = set()
+    for layer, expert, index, place in neurons():
+        acts_NT = np.where(counted_NT, acts_LNTF[layer][..., place], np.nan)
+        highest_N = np.where(np.isnan(acts_NT), -np.inf, acts_NT).max(1)
+        count = int(np.isfinite(highest_N).sum())
+        counts.add(count)
+        above = int((1 - (np.arange(count) + 0.5) / count >= 0.5).sum())
+        exemplars = split.neuron(layer, index, expert=expert).exemplars("quantile")
+        rank_N = (-highest_N).argsort().argsort()
+        upper = [e for e in exemplars if e.stratum == (0.5, 1)]
+        lower = [e for e in exemplars if e.stratum == (0, 0.5)]
+        assert (len(upper), len(lower)) == (min(above, 4), min(count - above, 4))
+        assert all(rank_N[e.sequence] < above for e in upper)
+        assert all(above <= rank_N[e.sequence] < count for e in lower)
+        for e in exemplars:
+            np.testing.assert_allclose(e.score, highest_N[e.sequence], rtol=1e-4, atol=1e-6)
+            np.testing.assert_array_equal(
+                np.isnan(e.activations), np.isnan(acts_NT[e.sequence, : len(e.tokens)])
+            )
+    assert len(counts) > 1, "some expert has no token of some sequence"
+
+
+def test_a_name_without_an_expert_is_refused(workspace, tmp_path):
+    with pytest.raises(JaxplainError, match=r"tokens.neurons names \[0, 3\], .* an expert and an index"):
+        extract(workspace, tmp_path / "run", "--statistics.tokens.neurons", "[[0, 3]]")

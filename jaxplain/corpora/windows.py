@@ -7,7 +7,7 @@ blocks of records --of this split, tokenise, cut--> blocks of windows --mix sour
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import grain
 import numpy as np
@@ -126,7 +126,7 @@ def tokenise(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[I
             return_token_type_ids=False,
             verbose=False,
         )
-        found += [np.array(ids, np.int32) for ids in encoding["input_ids"]]  # type: ignore[union-attr]
+        found += [np.array(ids, np.int32) for ids in cast(list[list[int]], encoding["input_ids"])]
     return found
 
 

@@ -206,7 +206,7 @@ def _update_shard(
         kind: update(top, _priority_BG(kind, rows, counted, acts_BTF)) for kind, top in reduction.tops.items()
     }
     token_BTG = counted.neuron_BTG
-    highest_BF = _priority_BG("max", rows, counted, acts_BTF) if reduction.draws else None
+    highest_BF = _priority_BG("max", rows, counted, acts_BTF)  # without draws nothing of it is computed
     draws = {
         count: update(top, jnp.where((rows.turn_B < count)[:, None], highest_BF, -jnp.inf))
         for count, top in reduction.draws.items()

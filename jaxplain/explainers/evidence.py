@@ -14,7 +14,8 @@ from jaxplain.explainers.excerpts import Excerpt, excerpt_of, marked_excerpt
 from jaxplain.explainers.prompts import Shown, SolvedExample
 from jaxplain.explainers.token_means import TokenMeans, token_means
 from jaxplain.ranges import parse_range
-from jaxplain.store.reader import Exemplar, Neuron, Vocabulary
+from jaxplain.store.exemplar import Exemplar, Vocabulary
+from jaxplain.store.reader import Neuron
 
 _LEAST_HIGHLIGHTS = 3
 _MARKED_THRESHOLD = 5.0  # hand-made marks from here on are highlighted; weaker ones are noise

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxplain.configs.explanation import Sign
-from jaxplain.store.reader import Exemplar, Vocabulary
+from jaxplain.store.exemplar import Exemplar, Vocabulary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -31,8 +31,8 @@ from jaxplain.explainers.replies import (
     replies_by_item,
 )
 from jaxplain.simulators.simulation import Failure
+from jaxplain.store.exemplar import Exemplar
 from jaxplain.store.neuron_id import neuron_of
-from jaxplain.store.reader import Exemplar
 
 Test = Literal["detection", "fuzzing"]
 

@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxplain.simulators.simulation import LEVELS
+from jaxplain.store.exemplar import Vocabulary
 from jaxplain.store.neuron_id import NeuronId
-from jaxplain.store.reader import Vocabulary
 
 _STRONGEST = (217, 95, 2)  # a deep orange, which colour-blind people tell from white too
 _NONE = "#dddddd"

@@ -7,7 +7,8 @@ from jaxtyping import Bool, Float, Int
 
 from jaxplain.configs.explanation import Sign
 from jaxplain.simulators.levels import rectified
-from jaxplain.store.reader import Exemplar, Neuron
+from jaxplain.store.exemplar import Exemplar
+from jaxplain.store.reader import Neuron
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

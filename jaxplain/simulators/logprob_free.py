@@ -24,8 +24,8 @@ from jaxplain.explainers.replies import (
     replies_by_item,
 )
 from jaxplain.simulators.simulation import LEVELS, Failure, Job, Simulation
+from jaxplain.store.exemplar import Vocabulary
 from jaxplain.store.neuron_id import neuron_of
-from jaxplain.store.reader import Vocabulary
 
 SCHEMA: dict[str, Any] = {
     "type": "object",

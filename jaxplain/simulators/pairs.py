@@ -19,9 +19,10 @@ from jaxplain.errors import JaxplainError
 from jaxplain.simulators.levels import NOT_COUNTED, discretised, extreme_of
 from jaxplain.simulators.reading import NO_TOKEN
 from jaxplain.simulators.readout import Readout
+from jaxplain.store.exemplar import Exemplar
 from jaxplain.store.explanations import Explanation
 from jaxplain.store.neuron_id import NeuronId, neuron_of
-from jaxplain.store.reader import Exemplar, Neuron, Split
+from jaxplain.store.reader import Neuron, Split
 
 
 class Batch(NamedTuple):

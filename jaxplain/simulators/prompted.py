@@ -20,7 +20,7 @@ from jaxplain.explainers.prompts import Message
 from jaxplain.mesh import make_mesh
 from jaxplain.simulators.level_reader import Asked, LevelReader
 from jaxplain.simulators.simulation import LEVELS, Failure, Job, Simulation
-from jaxplain.store.reader import Vocabulary
+from jaxplain.store.exemplar import Vocabulary
 from jaxplain.subjects.subject import open_subject
 
 _INSTRUCTIONS = (

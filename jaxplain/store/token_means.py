@@ -33,7 +33,7 @@ class TokenMean:
 
 @runtime_checkable
 class StoredSequence(Protocol):
-    """A sequence that a store keeps for a neuron; see `reader.Exemplar`."""
+    """A sequence that a store keeps for a neuron; see `exemplar.Exemplar`."""
 
     @property
     def sequence(self) -> int:

@@ -9,9 +9,10 @@ from rich.style import Style
 from rich.text import Text
 
 from jaxplain.errors import JaxplainError
+from jaxplain.store.exemplar import Exemplar
 from jaxplain.store.explanations import Explanation
 from jaxplain.store.neuron_id import NeuronId, neuron_of
-from jaxplain.store.reader import Exemplar, Neuron, Store
+from jaxplain.store.reader import Neuron, Store
 from jaxplain.store.schema import group_of
 
 _BACKGROUNDS = {

@@ -97,7 +97,9 @@ def test_windows_that_differ_in_padding_alone_are_not_the_same(tokenizer):
     assert len(found) == 2
 
 
-@pytest.mark.parametrize("fields", [{}, {"deduplicate": True}, {"when_exhausted": "continue"}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"deduplicate": True}, {"when_exhausted": "continue"}, {"max_sequences": 11}]
+)
 def test_state_resumes_across_an_end_and_repetitions(tokenizer, fields):
     short = texts(6, 0)
     sources = [source(short * 2, "a"), source(texts(40, 1), "b")]

@@ -192,6 +192,42 @@ def test_a_tsv_without_the_column_or_with_the_wrong_delimiter(tokenizer, tmp_pat
         open_source(SourceConfig(**fields), tokenizer)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_chat_is_known_by_its_messages(tokenizer, tmp_path, streaming):
+    """However the keys of a message are ordered in the file."""
+    lines = ['{"role": "user", "content": "hi"}', '{"role": "user", "content": "ho"}']
+    lines.append('{"content": "hi", "role": "user"}')
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(f'{{"messages": [{line}]}}\n' for line in lines))
+    given = SourceConfig(
+        dataset="json",
+        data_files=str(file),
+        chat_column="messages",
+        streaming=streaming,
+        shuffle_buffer=0,
+    )
+    ids = [document.id for document in documents(open_source(given, tokenizer), tokenizer)]
+    assert (len(ids), len(set(ids))) == (3, 2)
+
+
+def test_the_rows_of_a_stream_are_counted_through_its_blocks(tokenizer, tmp_path, monkeypatch):
+    """From whatever block on: a record that is no text is named by its row."""
+    monkeypatch.setattr("jaxplain.corpora.records.BLOCK", 4)
+    opened = stream(tokenizer, dataset="json", data_files=str(tiny.write_corpus(tmp_path / "docs.jsonl", 10)))
+    for first in (0, 1, 2):
+        blocks = list(opened.blocks(seed=0, first=first))
+        assert [block.rows for block in blocks] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]][first:]
+        assert [text for block in blocks for text in block.values] == tiny.documents(10)[4 * first :]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_empty_texts_are_no_documents(tokenizer, tmp_path, streaming):
+    (tmp_path / "docs.jsonl").write_text('{"text": "the cat"}\n{"text": ""}\n{"text": null}\n')
+    given = SourceConfig(dataset="json", data_files=str(tmp_path / "docs.jsonl"), streaming=streaming)
+    (found,) = documents(open_source(given, tokenizer), tokenizer)
+    assert found.text == "the cat"
+
+
 def test_a_stream_that_breaks_midway_in_one_sentence(tokenizer, tmp_path):
     whole = str(tiny.write_corpus(tmp_path / "whole.jsonl", 20))
     torn = tmp_path / "torn.jsonl.gz"
@@ -234,7 +270,10 @@ def refusal(kind, status):
 def test_what_the_hub_refuses(tokenizer, monkeypatch, tmp_path, kind, status, message, streaming):
     """The hub's answer comes where `datasets` asks for the dataset's card; the rest is the real library."""
 
+    asked = []
+
     def refuse(*arguments, **options):
+        asked.append(options["revision"])
         raise refusal(kind, status)
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
@@ -243,3 +282,4 @@ def test_what_the_hub_refuses(tokenizer, monkeypatch, tmp_path, kind, status, me
     with pytest.raises(JaxplainError, match=message) as caught:
         open_source(given, tokenizer)
     assert "\n" not in str(caught.value)
+    assert set(asked) == {"v7"}

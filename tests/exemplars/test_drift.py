@@ -35,7 +35,7 @@ def batches(kind):
 @functools.partial(jax.jit, static_argnames="cycles")
 def folded(acts_KBTF, counted_KBT, *, cycles):
     def body(i, moments):
-        return update_moments(moments, acts_KBTF[i % BATCHES], counted_KBT[i % BATCHES][..., None])
+        return update_moments(moments, acts_KBTF[i % BATCHES], counted_KBT[i % BATCHES, :, :, None])
 
     return jax.lax.fori_loop(0, cycles * BATCHES, body, empty_moments(neurons=3))
 

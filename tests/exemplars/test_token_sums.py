@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxplain.configs.extraction import StatisticsConfig
 from jaxplain.errors import JaxplainError
+from jaxplain.exemplars.extraction import sampled_tokens
 from jaxplain.exemplars.selection import Selection
 from jaxplain.exemplars.token_sums import (
     TokenTable,
@@ -117,8 +119,9 @@ def test_the_strongest_tokens():
     token, mean, _ = strongest_tokens(table, kept=2, min_count=1, lowest=True)
     assert token.tolist() == [[4, 0], [1, 0]]
     assert mean.tolist() == [[-2, 1], [-1, 0]]
-    token, _, _ = strongest_tokens(table, kept=7, min_count=1)
+    token, _, count = strongest_tokens(table, kept=7, min_count=1)
     assert token.tolist() == [[1, 3, 0, 4, -1, -1, -1], [4, 3, 0, 1, -1, -1, -1]]
+    assert count.tolist() == [[7, 3, 4, 2, 0, 0, 0], [1, 3, 4, 7, 0, 0, 0]]
 
 
 ARCH = Architecture(
@@ -186,3 +189,18 @@ def test_names_that_do_not_fit(selection, name, message):
     with pytest.raises(JaxplainError, match=message) as caught:
         choose_neurons([name], selection, seed=0)
     assert "\n" not in str(caught.value)
+
+
+def test_tokens_are_drawn_for_experts_in_proportion():
+    def factor(**indices):
+        chosen = {int(layer[1:]): np.array(numbers) for layer, numbers in indices.items()}
+        return Selection(indices=chosen, arch=MIXTURE).tokens_per_read
+
+    assert factor(l0=[3], l1=[12, 16]) == 1, "a plain layer's and the shared expert's neurons read all tokens"
+    assert factor(l0=[3], l1=[11, 16]) == 2
+    assert KEPT.tokens_per_read == 1
+    of_many = Selection(indices={1: np.array([0])}, arch=dataclasses.replace(MIXTURE, experts=128))
+    config = StatisticsConfig(sampled_tokens=10)
+    assert sampled_tokens(config, of_many) == 640
+    assert sampled_tokens(config, KEPT) == 10
+    assert sampled_tokens(StatisticsConfig(quantiles=[]), KEPT) == 0

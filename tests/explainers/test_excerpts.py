@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jaxplain.explainers.excerpts import Excerpt, escape, excerpt_of, marked_excerpt, unescape
 from jaxplain.explainers.prompts import highlight
-from jaxplain.store.reader import Exemplar, Vocabulary
+from jaxplain.store.exemplar import Exemplar, Vocabulary
 
 BYTES = st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF, categories=["Cs"])
 CHARACTERS = st.one_of(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jaxplain.explainers.excerpts import unescape
 from jaxplain.explainers.prompts import Message
 from jaxplain.scoring.judging import detection_questions, fuzzing_questions, judging_messages
-from jaxplain.store.reader import Exemplar, Vocabulary
+from jaxplain.store.exemplar import Exemplar, Vocabulary
 
 WORDS = 400
 VOCABULARY = Vocabulary(

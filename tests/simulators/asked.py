@@ -13,7 +13,7 @@ from jaxplain.simulators.logprob_free import (
     simulation_messages,
 )
 from jaxplain.simulators.simulation import Job, Simulator
-from jaxplain.store.reader import Vocabulary
+from jaxplain.store.exemplar import Vocabulary
 
 TEXTS = [" the", " dog", "\n", '"', "\\n", " "]
 """The tokens of most tests here, in order."""

@@ -10,7 +10,7 @@ import zarr
 
 import jaxplain
 from jaxplain.errors import JaxplainError
-from jaxplain.store.reader import Vocabulary
+from jaxplain.store.exemplar import Vocabulary
 from jaxplain.store.writer import SequenceBlock, StoreWriter
 
 K, TOKENS = 3, 4
@@ -247,7 +247,7 @@ def test_shown_in_a_terminal(path, capsys):
 
 @pytest.mark.parametrize(("kind", "peak"), [("min", "b"), ("max", "a"), ("random", "a")])
 def test_the_peak_is_never_a_token_that_does_not_count(kind, peak):
-    from jaxplain.store.reader import Exemplar
+    from jaxplain.store.exemplar import Exemplar
     from jaxplain.viewer.terminal import _excerpt
 
     exemplar = Exemplar(

@@ -203,10 +203,14 @@ def test_sentencepiece_is_what_its_scores_say(leading, tmp_path):
 def test_sentencepiece_with_special_tokens_in_the_text(tmp_path):
     """Each piece of text between them begins anew, as llama.cpp has it."""
     metadata = sentencepiece_metadata()
+    turn = len(metadata["tokenizer.ggml.tokens"])
+    for name, value in (("tokens", "<|turn|>"), ("scores", 0.0), ("token_type", CONTROL)):
+        metadata[f"tokenizer.ggml.{name}"] = [*metadata[f"tokenizer.ggml.{name}"], value]
     tokenizer = tokenizer_of(write_sentencepiece(tmp_path, metadata))
     cat, dog = (sentencepiece_ids(text, metadata) for text in ("the cat", "a dog"))
     assert tokenizer("the cat</s>a dog")["input_ids"] == [1, *cat, 2, *dog]
-    assert tokenizer.decode([2, *dog], skip_special_tokens=True) == "a dog"
+    assert tokenizer("the cat<|turn|>a dog")["input_ids"] == [1, *cat, turn, *dog]
+    assert tokenizer.decode([2, *dog, turn], skip_special_tokens=True) == "a dog"
 
 
 @pytest.mark.parametrize(
@@ -232,6 +236,10 @@ def test_other_tokenizers_are_refused_with_the_remedy(changes, message, tmp_path
 def test_a_tokenizer_that_is_not_read_can_be_named(tmp_path):
     file = write(tmp_path, pre="tekken")
     assert_same(tokenizer_of(file, tokenizer=str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((tmp_path / name).read_text().replace("<|user|>", "<|person|>"))
+    renamed = tokenizer_of(file, tokenizer=str(tmp_path))
+    assert "<|person|>" in renamed.get_vocab(), "special tokens may be called differently"
 
 
 def test_a_named_tokenizer_must_be_that_of_the_file(tmp_path):
