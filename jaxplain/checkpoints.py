@@ -201,15 +201,13 @@ def _named(tree: Any) -> dict[str, Any]:
 
 def _bit_sums(arrays: dict[str, Any]) -> dict[str, int]:
     """Every array's bits, summed as unsigned numbers modulo 2**32."""
-    return {name: int(np.asarray(value)) for name, value in _summed(arrays).items()}
+    return {name: int(np.asarray(_bit_sum(value))) for name, value in arrays.items()}
 
 
 @jax.jit
-def _summed(arrays: dict[str, Any]) -> dict[str, Any]:
-    def total(x: jax.Array) -> jax.Array:
-        if x.dtype == jnp.bool_:
-            x = x.astype(jnp.uint8)
-        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}"))
-        return bits.sum(dtype=jnp.uint32)
-
-    return {name: total(x) for name, x in arrays.items()}
+def _bit_sum(x: jax.Array) -> jax.Array:
+    x = jax.device_put(x, jax.memory.Space.Device)  # it may be in the host's memory
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}"))
+    return bits.sum(dtype=jnp.uint32)

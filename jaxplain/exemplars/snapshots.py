@@ -38,19 +38,16 @@ _LAST = np.iinfo(np.int32).max
 
 
 def snapshot(reductions: Reductions, *, kept: Mapping[int, int], summed: Summed, mesh: Mesh) -> Snapshot:
-    """What to keep of reductions, in arrays of its own, so that those may be given to the next step.
+    """What to keep of reductions, in the host's memory, so that those may be given to the next step.
 
     `kept` counts the neurons of each layer; what follows them fills the mesh up, and is left out.
     """
-    return {
-        str(layer): _snapshot(
-            reduction,
-            None if layer not in summed else np.asarray(summed[layer][1], np.int32),
-            kept=kept[layer],
-            mesh=mesh,
-        )
-        for layer, reduction in sorted(reductions.items())
-    }
+    found = {}
+    for layer, reduction in sorted(reductions.items()):
+        columns = None if layer not in summed else np.asarray(summed[layer][1], np.int32)
+        # One after another, since joining a layer takes memory on the devices.
+        found[str(layer)] = jax.block_until_ready(_snapshot(reduction, columns, kept=kept[layer], mesh=mesh))
+    return found
 
 
 @functools.partial(jax.jit, static_argnames=("kept", "mesh"))
@@ -82,8 +79,7 @@ def _snapshot(reduction: LayerReduction, column_N: Array | None, *, kept: int, m
         ),
         expert_F=None if expert_F is None else expert_F[0, :kept],
     )
-    # What passes through unchanged would share the buffers that the next step overwrites.
-    return jax.tree.map(jnp.copy, kept_of_all)
+    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host), kept_of_all)
 
 
 def _some(x: Any) -> Any:

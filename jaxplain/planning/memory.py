@@ -20,7 +20,7 @@ class Memory:
     """Bytes of one device.
 
     Attributes:
-        snapshot: What a checkpoint takes of the state, between two steps; 0 where none are saved.
+        snapshot: Of a checkpoint, between two steps, while a layer goes to the host; 0 where none are saved.
         temporaries: Of a step.
     """
 
@@ -37,11 +37,12 @@ class Memory:
 
 def memory(demand: Demand, *, data: int, model: int, batch: int, tiled: bool) -> Memory:
     """What each device of a mesh of `data` x `model` holds; `tiled` is how TPUs lay arrays out."""
-    state = state_bytes(demand, model=model, tiled=tiled)
+    layers = _layer_bytes(demand, model=model, tiled=tiled)
     return Memory(
         weights=weight_bytes(demand, data=data, model=model, tiled=tiled),
-        state=state,
-        snapshot=state if demand.saves else 0,
+        state=sum(layers),
+        # The layer as it is kept, and once more while it is put in order.
+        snapshot=2 * max(layers) if demand.saves else 0,
         temporaries=temporary_bytes(demand, rows=batch // data, model=model)
         + gathered_bytes(demand, data=data, model=model, tiled=tiled),
     )
@@ -79,13 +80,18 @@ def gathered_bytes(demand: Demand, *, data: int, model: int, tiled: bool) -> int
 
 def state_bytes(demand: Demand, *, model: int, tiled: bool) -> int:
     """Of the reductions. Each device holds one data shard's, so the size of axis `data` does not matter."""
+    return sum(_layer_bytes(demand, model=model, tiled=tiled))
+
+
+def _layer_bytes(demand: Demand, *, model: int, tiled: bool) -> list[int]:
+    """Of each layer's reduction."""
     mesh = AbstractMesh((1, model), ("data", "model"))
     states = [demand.layer_state(layer, model) for layer in demand.selection.indices]
     of_state: dict[int, int] = {}
     for state in {id(state): state for state in states}.values():  # layers that are alike share one
         leaves = zip(jax.tree.leaves(state), jax.tree.leaves(partition_specs(state)), strict=True)
         of_state[id(state)] = sum(_bytes(shape, spec, mesh, tiled) for shape, spec in leaves)
-    return sum(of_state[id(state)] for state in states)
+    return [of_state[id(state)] for state in states]
 
 
 def temporary_bytes(demand: Demand, *, rows: int, model: int) -> int:
