@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, UInt
 
-_MOST_SLICES = 16
+_MOST_SLICES = 32
 """More slices gain nothing, and make kernels of many operands."""
 
 
@@ -66,31 +66,22 @@ def update_moments(
     active_above: float = 0.0,
 ) -> Moments:
     """Fold a batch in; a token is active where its activation is above `active_above`."""
-    slices = max(n for n in range(1, _MOST_SLICES + 1) if acts_BTF.shape[0] % n == 0)
-    acts_SBTF = [x_BTF.astype(jnp.float32) for x_BTF in jnp.split(acts_BTF, slices)]
-    weight_SBTG = [x_BTG.astype(jnp.float32) for x_BTG in jnp.split(counted_BTG, slices)]
-    ones_BT = jnp.ones(weight_SBTG[0].shape[:2], jnp.float32)
-
-    def weighted_sum(function: Callable[[Array], Array]) -> Array:
-        # Slices of the batch are added up first, in one kernel with the function and the weights; a
-        # matrix product sums the little that is left. On a CPU this takes half the time of a product
-        # over the whole batch, whose operand has to be written out, and masked reductions take longer.
-        terms = (w_BTG * function(x_BTF) for w_BTG, x_BTF in zip(weight_SBTG, acts_SBTF, strict=True))
-        return jnp.einsum("BT,BTF->F", ones_BT, functools.reduce(operator.add, terms), precision="highest")
-
+    summed = functools.partial(_sum_over_tokens, acts_BTF, counted_BTG)
     here_G = counted_BTG.sum(axis=(0, 1), dtype=jnp.uint32)
     count_G = moments.token_count_G + here_G
     divisor_G = jnp.maximum(here_G, 1).astype(jnp.float32)
     seen_G = moments.token_count_G > 0
-    # A pass for the batch's own mean is needed only while some neuron has no other.
-    centre_F = lax.cond(
-        seen_G.all(),
-        lambda: moments.mean_F,
-        lambda: jnp.where(seen_G, moments.mean_F, weighted_sum(lambda x_BTF: x_BTF) / divisor_G),
-    )
+
+    def own_mean_F() -> Array:
+        counted_BTF = jnp.where(counted_BTG, acts_BTF, 0).astype(jnp.float32)
+        return jnp.where(seen_G, moments.mean_F, counted_BTF.sum(axis=(0, 1)) / divisor_G)
+
+    # A pass for the batch's own mean is needed only while some neuron has no other. (What a branch takes from
+    # outside is written out, so it takes nothing but the batch.)
+    centre_F = lax.cond(seen_G.all(), lambda: moments.mean_F, own_mean_F)
 
     def deviations(power: int) -> Array:
-        return weighted_sum(lambda x_BTF: (x_BTF - centre_F[None, None]) ** power)
+        return summed(lambda x_BTF: (x_BTF - centre_F[None, None]) ** power)
 
     # The first sum is what rounding the mean left. Without it a neuron that does not vary would seem to,
     # and a skewness beside a large mean would be wrong in the third digit.
@@ -108,7 +99,7 @@ def update_moments(
         mean_F=mean_F,
         sums=after,
         lost=jax.tree.map(_still_lost, moments.lost, moments.sums, added, after),
-        active_F=moments.active_F + weighted_sum(lambda x_BTF: x_BTF > active_above).astype(jnp.uint32),
+        active_F=moments.active_F + summed(lambda x_BTF: x_BTF > active_above).astype(jnp.uint32),
     )
 
 
@@ -134,6 +125,23 @@ def add_moments(one: Moments, other: Moments) -> Moments:
         lost=lost,
         active_F=one.active_F + other.active_F,
     )
+
+
+def _sum_over_tokens(
+    acts_BTF: Float[Array, "B T F"], counted_BTG: Bool[Array, "B T G"], function: Callable[[Array], Array]
+) -> Float[Array, "F"]:
+    """The sum of a function of the activations over the tokens that count."""
+    slices = max(n for n in range(1, _MOST_SLICES + 1) if acts_BTF.shape[0] % n == 0)
+    terms = (
+        weight_BTG.astype(jnp.float32) * function(x_BTF.astype(jnp.float32))
+        for x_BTF, weight_BTG in zip(jnp.split(acts_BTF, slices), jnp.split(counted_BTG, slices), strict=True)
+    )
+    # Slices of the batch are added up first, in one kernel with the function and the weights; a matrix
+    # product sums the little that is left. On a CPU this takes half the time of a product over the whole
+    # batch, whose operand has to be written out, and masked reductions take longer.
+    sum_BTF = functools.reduce(operator.add, terms)
+    ones_BT = jnp.ones(sum_BTF.shape[:2], jnp.float32)
+    return jnp.einsum("BT,BTF->F", ones_BT, sum_BTF, precision="highest")
 
 
 def _still_lost(lost_F: Array, before_F: Array, added_F: Array, after_F: Array) -> Array:
