@@ -40,7 +40,7 @@ from jaxplain.processes import (
     require_agreement,
     together,
 )
-from jaxplain.progress import progress_bars
+from jaxplain.progress import hide_bars_of_libraries, progress_bars
 from jaxplain.resuming import require_same
 from jaxplain.stopping import StopRequest
 from jaxplain.store.files import Files
@@ -62,6 +62,8 @@ def main(arguments: Sequence[str]) -> None:
     config, options = parse_config(parser, ExtractConfig, arguments)
     fields = (field.name for field in dataclasses.fields(DistributedConfig))
     join(DistributedConfig(**{name: options[name] for name in fields}))
+    if not (config.run.progress and leads()):
+        hide_bars_of_libraries()
     with one_job():
         extract(config, overwrite=options.overwrite, check_parity=options.check_parity)
     if not leads():

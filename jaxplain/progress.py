@@ -4,6 +4,8 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+import datasets
+import huggingface_hub.utils
 from tqdm import tqdm
 
 Item = TypeVar("Item")
@@ -46,6 +48,12 @@ class ByteBar(Bar):
 
     def _pace(self, per_second: float) -> str:
         return f"{per_second / 1e6:,.0f} MB/s"
+
+
+def hide_bars_of_libraries() -> None:
+    """Show no bars of the libraries that download and convert, for the rest of the process."""
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.disable_progress_bars()
 
 
 def progress_bars(*, enabled: bool, kind: type[Bar] = Bar) -> Progress:

@@ -415,6 +415,7 @@ class RunConfig:
         checkpoint_steps: Save it after so many steps; 0 leaves it to the minutes. SIGTERM saves it anyway.
         checkpoint_folder: Where to, a folder that all processes share; by default beside the store where
             that is on a local disk, and otherwise nowhere.
+        check_memory: Refuse to start where the plan, which is in part an estimate, exceeds the memory.
         input_workers: Processes that tokenise the corpus and cut it into sequences, which are the same for
             any number of them; 0 does it in the run's own process. By default one per core, 8 at most, for
             20,000 sequences or more (or documents, where all are read; or a stream of them), otherwise 0.
@@ -427,6 +428,7 @@ class RunConfig:
     checkpoint_minutes: float = dataclasses.field(default=10.0, metadata=_LATER)
     checkpoint_steps: int = dataclasses.field(default=0, metadata=_LATER)
     checkpoint_folder: str | None = dataclasses.field(default=None, metadata=_LATER)
+    check_memory: bool = dataclasses.field(default=True, metadata=_LATER)
     input_workers: int | None = dataclasses.field(default=None, metadata=_LATER)
     progress: bool = True
 

@@ -79,11 +79,12 @@ def _join_shard(top: TopK) -> TopK:
     owner_FR, slot_FR = (_of_neurons(x_RG[:k], top) for x_RG in (owner, slot))
     mine_FRT = jnp.take_along_axis(top.activation_FRT, slot_FR[:, :, None], axis=1)
     # Every winner has one owner, so adding zeros from the others moves it unchanged.
-    mine_FRT = jnp.where((owner_FR == part)[:, :, None], mine_FRT, 0)
+    found_FRT = lax.psum(jnp.where((owner_FR == part)[:, :, None], mine_FRT, 0), "data")
     return TopK(
         priority_RG=-priority[:k],
         sequence_RG=sequence[:k],
         slot_RG=jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32)[:, None], priority[:k].shape),
-        activation_FRT=lax.psum(mine_FRT, "data"),
+        # A sum may give any NaN; all of a store's are the same one.
+        activation_FRT=jnp.where(jnp.isnan(found_FRT), jnp.nan, found_FRT),
         group_F=top.group_F,
     )

@@ -64,10 +64,10 @@ def _gpu(*, memory: int, bfloat16: float, float32: float, sheet: str) -> Chip:
 
 
 CHIPS = {
-    "v4": _tpu("v4", memory=32, usable=30.75, peak=275e12, largest_host=4, page="v4"),
-    "v5e": _tpu("v5e", memory=16, usable=15.75, peak=197e12, largest_host=8, page="v5e"),
-    "v5p": _tpu("v5p", memory=95, usable=95.74, peak=459e12, largest_host=4, page="v5p"),
-    "v6e": _tpu("v6e", memory=32, usable=31.25, peak=918e12, largest_host=8, page="v6e"),
+    "v4": _tpu("v4", memory=32.0, usable=30.75, peak=275e12, largest_host=4, page="v4"),
+    "v5e": _tpu("v5e", memory=16.0, usable=15.75, peak=197e12, largest_host=8, page="v5e"),
+    "v5p": _tpu("v5p", memory=95.0, usable=95.74, peak=459e12, largest_host=4, page="v5p"),
+    "v6e": _tpu("v6e", memory=32.0, usable=31.25, peak=918e12, largest_host=8, page="v6e"),
     "a100": _gpu(memory=80, bfloat16=312e12, float32=19.5e12, sheet="A100 80GB SXM"),
     "h100": _gpu(memory=80, bfloat16=989.4e12, float32=67e12, sheet="H100 SXM"),
     "h200": _gpu(memory=141, bfloat16=989.4e12, float32=67e12, sheet="H200 SXM"),

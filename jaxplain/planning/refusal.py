@@ -9,29 +9,23 @@ from jaxplain.configs.extraction import ExtractConfig
 from jaxplain.errors import JaxplainError
 from jaxplain.exemplars.selection import Selection
 from jaxplain.planning.demand import Demand
-from jaxplain.planning.fitting import propose_runs
+from jaxplain.planning.fitting import largest_batch, propose_runs
 from jaxplain.planning.hardware import GIB, Target
-from jaxplain.planning.memory import state_bytes, weight_bytes
+from jaxplain.planning.memory import memory
 
 
 def require_memory(config: ExtractConfig, selection: Selection, mesh: Mesh) -> None:
-    """Raise JaxplainError, with what would fit, where weights and state alone exceed a device's memory.
-
-    What a step needs besides is an estimate, and refuses nothing.
-    """
+    """Raise JaxplainError, with what would fit, where the plan exceeds a device's memory."""
     limit = device_memory()
-    if limit is None:
+    if limit is None or not config.run.check_memory:
         return
     most = config.corpus.max_sequences
     sequences = dict.fromkeys(config.exemplars.splits, most) if most else {}
     demand = Demand(config=config, selection=selection, sequences=sequences)
     tiled = mesh.devices.flat[0].platform == "tpu"
     data, model = mesh.shape["data"], mesh.shape["model"]
-    needed = [
-        weight_bytes(demand, data=data, model=model, tiled=tiled),
-        state_bytes(demand, model=model, tiled=tiled),
-    ]
-    if sum(needed) <= limit:
+    needed = memory(demand, data=data, model=model, batch=config.run.batch_size, tiled=tiled)
+    if needed.total <= limit:
         return
     target = Target(
         name="these devices",
@@ -41,10 +35,14 @@ def require_memory(config: ExtractConfig, selection: Selection, mesh: Mesh) -> N
         topology="tpu" if tiled else None,
         peaks={},
     )
-    weights, state, available = (size / GIB for size in (*needed, limit))
+    step = max(needed.temporaries, needed.snapshot)
+    weights, state, more, available = (size / GIB for size in (needed.weights, needed.state, step, limit))
+    fitting = largest_batch(demand, target, data=data, model=model)
+    remedy = f"run.batch_size {fitting.batch} should fit" if fitting else _remedy(demand, target)
     raise JaxplainError(
-        f"each device would hold {weights:.2f} GiB of weights and {state:.2f} GiB of exemplars and "
-        f"statistics, and has {available:.2f} GiB; {_remedy(demand, target)}."
+        f"each device would hold {weights:.2f} GiB of weights, {state:.2f} GiB of exemplars and statistics "
+        f"and about {more:.2f} GiB besides, and has {available:.2f} GiB; {remedy} (or run.check_memory "
+        "false, to try all the same)."
     )
 
 

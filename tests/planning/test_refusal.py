@@ -8,7 +8,7 @@ import pytest
 from jaxplain.errors import JaxplainError
 from jaxplain.extract import main
 from jaxplain.planning import refusal
-from jaxplain.planning.memory import state_bytes, weight_bytes
+from jaxplain.planning.memory import memory
 from jaxplain.planning.refusal import device_memory, require_memory
 from tests import tiny
 from tests.exemplars.test_reduction import make_mesh
@@ -19,17 +19,21 @@ def require(asked, mesh):
     require_memory(asked.config, asked.selection, mesh)
 
 
-def certain(asked, model):
-    weights = weight_bytes(asked, data=8 // model, model=model, tiled=False)
-    return weights + state_bytes(asked, model=model, tiled=False)
+def needed(asked, model):
+    batch = asked.config.run.batch_size
+    return memory(asked, data=8 // model, model=model, batch=batch, tiled=False).total
 
 
 def test_what_fits_is_not_refused(monkeypatch):
     asked = demand()
-    monkeypatch.setattr(refusal, "device_memory", lambda: certain(asked, 2))
+    monkeypatch.setattr(refusal, "device_memory", lambda: needed(asked, 2))
     require(asked, make_mesh(4, 2))
     with pytest.raises(JaxplainError):
         require(asked, make_mesh(8, 1))
+    require(demand(run={"check_memory": False}), make_mesh(8, 1))
+    monkeypatch.setattr(refusal, "device_memory", lambda: needed(asked, 2) - 1)
+    with pytest.raises(JaxplainError):
+        require(asked, make_mesh(4, 2))
     monkeypatch.setattr(refusal, "device_memory", lambda: None)
     require(asked, make_mesh(8, 1))
 
@@ -37,13 +41,22 @@ def test_what_fits_is_not_refused(monkeypatch):
 def test_a_mesh_that_would_fit_is_named(monkeypatch):
     asked = demand(exemplars={"k": 300})
     monkeypatch.setattr(refusal, "device_memory", lambda: 250 * 2**20)
-    assert certain(asked, 1) > 250 * 2**20 > certain(asked, 2)
+    assert needed(asked, 1) > 250 * 2**20 > needed(asked, 2)
     with pytest.raises(JaxplainError) as error:
         require(asked, make_mesh(8, 1))
     assert str(error.value) == (
-        "each device would hold 0.01 GiB of weights and 0.45 GiB of exemplars and statistics, and has "
-        "0.24 GiB; run.mesh data 2 x model 4 and run.batch_size 256 should fit."
+        "each device would hold 0.01 GiB of weights, 0.45 GiB of exemplars and statistics and about 0.30 GiB "
+        "besides, and has 0.24 GiB; run.mesh data 2 x model 4 and run.batch_size 256 should fit (or "
+        "run.check_memory false, to try all the same)."
     )
+
+
+def test_a_batch_that_would_fit_is_named(monkeypatch):
+    asked = demand(run={"batch_size": 1024})
+    fitting = needed(demand(run={"batch_size": 512}), 1)
+    monkeypatch.setattr(refusal, "device_memory", lambda: fitting)
+    with pytest.raises(JaxplainError, match=r"has 0\.\d\d GiB; run\.batch_size 512 should fit \(or"):
+        require(asked, make_mesh(8, 1))
 
 
 def test_runs_over_some_layers_are_named_where_no_mesh_fits(monkeypatch):

@@ -10,5 +10,5 @@ def test_what_was_done_before_is_not_this_runs_speed():
         time.sleep(0.1)
         bar.update(1)
         told = bar.format_dict
-    per_minute = float(told["per_minute"].split()[0].replace(",", ""))
+    per_minute = float(told["pace"].split()[0].replace(",", ""))
     assert 0 < per_minute <= 600
