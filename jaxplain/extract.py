@@ -45,7 +45,7 @@ from jaxplain.resuming import require_same
 from jaxplain.stopping import StopRequest
 from jaxplain.store.files import Files
 from jaxplain.store.schema import STORE_NAME
-from jaxplain.store.writer import StoreWriter, blocks_of, unfinished_store
+from jaxplain.store.writer import StoreWriter, blocks_of, holds_nothing, unfinished_store
 from jaxplain.subjects.decoder import Decoder
 from jaxplain.subjects.parity import differences, require_parity, require_torch, table_of, torch_reference
 from jaxplain.subjects.subject import Subject, open_subject
@@ -92,9 +92,8 @@ def extract(config: ExtractConfig, *, overwrite: bool = False, check_parity: int
     with StopRequest() as stop:
         with together():
             _require_able_to_check(check_parity)
-            exists = not Files(path).is_empty()
             unfinished = None if overwrite else unfinished_store(path)
-            if exists and unfinished is None and not overwrite:
+            if unfinished is None and not overwrite and not holds_nothing(path):
                 raise JaxplainError(
                     f"{path} exists already; choose another output, or replace it with --overwrite."
                 )

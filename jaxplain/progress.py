@@ -26,7 +26,7 @@ class Bar(tqdm):
         """What the bar's format may name."""
         values = super().format_dict
         values["bar_format"] = _KNOWN if values["total"] and values["n"] <= values["total"] else _UNKNOWN
-        here = values["n"] - values["initial"]
+        here = values["n"] - (values["initial"] or 0)  # None of a bar that is not shown
         per_second = here / values["elapsed"] if values["elapsed"] else 0.0
         return {**values, "pace": self._pace(per_second)}
 

@@ -74,7 +74,7 @@ def test_the_header_says_what_a_run_takes(name, monkeypatch):
     topology, memory = re.search(r"--topology (\S+)(?: --memory (\S+))?", header).groups()
     config = read(path)
     if "--run.checkpoint_minutes 0" in header:
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, checkpoint_minutes=0))
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, checkpoint_minutes=0.0))
     lines = (
         r"store (\S+) GB",
         r"devices (\S+) GiB of weights, (\S+) GiB of state",

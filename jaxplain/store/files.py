@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -24,6 +25,22 @@ def location(path: str | Path) -> str:
     text = str(path)
     url = text if "://" in text else Path(text).expanduser().resolve().as_uri()
     return url.rstrip("/") + "/"
+
+
+def _kvstore(url: str) -> str | dict[str, str]:
+    """What tensorstore opens for a URL. S3 is where AWS's own variables say, such as a MinIO server."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if not (endpoint and url.startswith("s3://")):
+        return url
+    bucket, _, path = url.removeprefix("s3://").partition("/")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    return {
+        "driver": "s3",
+        "bucket": bucket,
+        "path": unquote(path),
+        "endpoint": endpoint,
+        **({"aws_region": region} if region else {}),
+    }
 
 
 def _reason(error: BaseException) -> str:
@@ -49,7 +66,7 @@ class Files:
             }
         )
         try:
-            self._store = ts.KvStore.open(self.url, context=self._context).result()
+            self._store = ts.KvStore.open(_kvstore(self.url), context=self._context).result()
         except ValueError as error:
             raise JaxplainError(f"{path} is not a path or URL that can be opened: {error}.") from error
 
@@ -155,7 +172,7 @@ class Files:
             return [np.asarray(future.result()) for future in [part.read() for part in parts]]
 
     def _open(self, name: str, **options: Any) -> ts.TensorStore:
-        spec: dict[str, Any] = {"driver": "zarr3", "kvstore": f"{self.url}{name}/"}
+        spec: dict[str, Any] = {"driver": "zarr3", "kvstore": _kvstore(f"{self.url}{name}/")}
         for key in ("metadata", "recheck_cached_data", "recheck_cached_metadata"):
             if key in options:
                 spec[key] = options.pop(key)

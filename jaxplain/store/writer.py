@@ -229,6 +229,16 @@ def unfinished_store(path: str | Path) -> dict[str, Any] | None:
     return attributes if any(t.get("attributes", {}).get("complete") for t in tables) else None
 
 
+def holds_nothing(path: str | Path) -> bool:
+    """Whether a path has no store, nor a token table of one: at most a beginning that is made again soon."""
+    final = Files(path)
+    if final.is_empty():
+        return True
+    attributes = (final.read_json("zarr.json") or {}).get("attributes", {})
+    in_the_making = "begun" in attributes and "merged" not in attributes and not final.is_local
+    return in_the_making and unfinished_store(path) is None
+
+
 def _growing(path: str | Path) -> Files:
     """Where a store grows until it is complete."""
     final = Files(path)

@@ -1,22 +1,16 @@
 """Weights that are spread over data shards too: less on every device, and the same store."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxplain.configs.extraction import SubjectConfig
-from jaxplain.exemplars.reduction import KINDS, Rows, empty_reduction
-from jaxplain.exemplars.step import make_step
-from jaxplain.subjects.decoder import Decoder
-from jaxplain.subjects.loading import partition, spread_over_data
+from jaxplain.subjects.loading import spread_over_data
 from jaxplain.subjects.subject import open_subject
 from tests import families, tiny
 from tests.exemplars.test_reduction import make_mesh
-from tests.exemplars.test_step import BATCH, TOKENS, architecture
 from tests.running import runs
 
 
@@ -71,45 +65,3 @@ def test_experts_may_be_spread_too(tmp_path):
     usual = runs.run(config, tmp_path / "usual", *mesh)
     spread = runs.run(config, tmp_path / "spread", *mesh, "--run.shard_weights", "true")
     runs.assert_same_answer(spread, usual)
-
-
-def compiled(layers, mesh, *, spread):
-    model = Decoder(architecture(layers), rngs=nnx.Rngs(0))
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        shape = variable.get_value().shape
-        spec = partition(str(path[-1]), shape, mesh)
-        spec = spread_over_data(spec, shape, mesh) if spread else spec
-        variable.set_value(jax.device_put(variable.get_value(), NamedSharding(mesh, spec)))
-    step, weights = make_step(model, mesh, gather=spread)
-    reductions = {
-        layers - 1: empty_reduction(
-            kinds=KINDS,
-            neurons=512,
-            k=2,
-            tokens=TOKENS,
-            sampled_tokens=4,
-            dtype=jnp.dtype("float16"),
-            mesh=mesh,
-        )
-    }
-    rows = Rows(
-        tokens_BT=np.zeros((BATCH, TOKENS), np.int32),
-        counted_BT=np.ones((BATCH, TOKENS), bool),
-        sequence_B=np.arange(BATCH, dtype=np.int32),
-        lottery_B=np.ones(BATCH, np.float32),
-        turn_B=np.arange(BATCH, dtype=np.int32),
-        drawn_PW=np.full((mesh.shape["data"], BATCH * TOKENS // mesh.shape["data"]), -1, np.int32),
-        slot_PW=np.full((mesh.shape["data"], BATCH * TOKENS // mesh.shape["data"]), -1, np.int32),
-    )
-    rows = jax.device_put(rows, NamedSharding(mesh, P("data")))
-    return step.lower(reductions, weights, rows, {}).compile()
-
-
-def test_layers_are_gathered_one_after_the_other():
-    """Were all gathered first, memory would grow with the number of layers."""
-    mesh = make_mesh(8, 1)
-    few, many = (compiled(layers, mesh, spread=True).memory_analysis() for layers in (4, 16))
-    weights_of_a_layer = 4 * (3 * 32 * 512 + 4 * 32 * 32)
-    assert many.temp_size_in_bytes < few.temp_size_in_bytes + 3 * weights_of_a_layer
-    usual = compiled(16, mesh, spread=False).memory_analysis()
-    assert many.argument_size_in_bytes < usual.argument_size_in_bytes - 12 * weights_of_a_layer

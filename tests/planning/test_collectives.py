@@ -12,7 +12,10 @@ LINES = {
         "%a = f32[8] all-gather(%x), replica_groups=[2,4]<=[8], dimensions={0}",
         [[0, 1, 2, 3], [4, 5, 6, 7]],
     ),
-    "transposed": ("%a = f32[8] all-gather(%x), replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+    "transposed": (
+        "%a = f32[8] all-gather(%x), replica_groups=[2,4]<=[4,2]T(1,0)",
+        [[0, 2, 4, 6], [1, 3, 5, 7]],
+    ),
     "none": ("%a = f32[8] all-reduce(%x), to_apply=%add", [[0, 1, 2, 3, 4, 5, 6, 7]]),
 }
 

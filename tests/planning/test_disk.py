@@ -63,7 +63,7 @@ def test_a_store_is_as_large_as_predicted(written):
     stats = sum(size_of(store / split / group) for split in ("train", "valid") for group in groups)
     assert 0.5 * predicted.statistics < stats < 1.5 * predicted.statistics
     sequences = sum(size_of(store / split / "sequences") for split in ("train", "valid"))
-    assert sequences < predicted.sequences
+    assert sequences < 1.1 * predicted.sequences  # so few do not outweigh the arrays' metadata
     assert 0.75 * predicted.total < size_of(store) < 1.05 * predicted.total
 
 

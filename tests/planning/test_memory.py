@@ -117,8 +117,9 @@ def test_memory_is_what_the_compiler_counts(shape):
     batch, mesh, asked = 16, make_mesh(*shape), demand()
     analysis = lower_step(asked, mesh, batch=batch).compile().memory_analysis()
     found = memory(asked, data=shape[0], model=shape[1], batch=batch, tiled=False)
-    # Token, whether it counts, and the place and slot of one that is drawn; then three of each sequence.
-    rows = batch // shape[0] * (asked.tokens * (4 + 1 + 4 + 4) + 3 * 4)
+    # Token, whether it counts, and the place and slot of one that is drawn; then number and lottery of each
+    # sequence. Its turn is read for kind quantile alone.
+    rows = batch // shape[0] * (asked.tokens * (4 + 1 + 4 + 4) + 2 * 4)
     read = weight_bytes(asked, data=shape[0], model=shape[1], tiled=False, unread=False)
     # Nothing reads the last layer's way down, [1024, 256] in float32.
     assert found.weights - read == 1024 * 256 * 4 // shape[1]

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.libtpu
 WIDE = dataclasses.replace(ARCH, width=512, neurons=4096, layers=2)
 
 
-def asked(**blocks):
-    return demand(WIDE, **{"subject": {"dtype": "bfloat16"}, "exemplars": {"k": 32}} | blocks)
+def asked(arch=WIDE, **blocks):
+    return demand(arch, **{"subject": {"dtype": "bfloat16"}, "exemplars": {"k": 32}} | blocks)
 
 
 @pytest.mark.parametrize(("data", "model"), [(8, 1), (2, 4)])
@@ -40,6 +40,17 @@ def test_memory_is_about_as_predicted():
     assert found.unread == 4096 * 512 * 2 // 2
     assert 0.3 < predicted.temporaries / found.temporaries < 3
     assert found.outputs < 0.01 * found.arguments
+
+
+def test_spread_weights_are_gathered_a_layer_or_two_at_a_time():
+    """Were all gathered first, temporaries would hold all twelve layers."""
+    arch = dataclasses.replace(ARCH, width=1024, neurons=4096, layers=12)
+    spread = asked(arch, exemplars={"k": 8}, run={"shard_weights": True}, neurons={"layers": [11]})
+    found = compile_for_topology(spread, "v5e:2x4", data=8, model=1, batch=64)
+    layer = 2 * (3 * 1024 * 4096 + 2 * 1024 * 256 + 2 * 1024 * 64)
+    assert found.temporaries < 3 * layer
+    assert found.collectives["data"].keys() == {"all-gather"}
+    assert found.arguments < 4 * layer
 
 
 def test_work_of_a_device_falls_with_their_number():
