@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 RUNS = (
     ("llama-3.1-8b", "v5e:2x4"),
@@ -39,11 +40,11 @@ def plan(subject, topology):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="a JSON file, to which plans are added")
     parser.add_argument("--only", help="the topology of the one plan to make")
     options = parser.parse_args()
-    plans = json.loads(options.out.read_text()) if options.out.exists() else {"plans": {}}
+    plans: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"plans": {}}
     for subject, topology in RUNS:
         if options.only in (None, topology):
             made = plan(subject, topology)

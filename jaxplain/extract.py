@@ -1,6 +1,7 @@
 """python -m jaxplain.extract: find the exemplars of every neuron of a model, in one pass over a corpus."""
 
 import dataclasses
+import importlib.metadata
 import json
 import shlex
 import sys
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
 import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
@@ -317,7 +317,7 @@ def _decisive(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    return {"jax version": jax.__version__, "jaxlib version": jaxlib.__version__}
+    return {"jax version": jax.__version__, "jaxlib version": importlib.metadata.version("jaxlib")}
 
 
 def _attributes(config: ExtractConfig, subject: Subject, sources: Sequence[Source]) -> dict[str, object]:

@@ -246,7 +246,7 @@ class Extraction:
         start, size = self._rows_held().start, self.config.run.batch_size
 
         def on_mesh(x: np.ndarray) -> jax.Array:
-            def held(index: tuple[slice, ...]) -> np.ndarray:
+            def held(index: Any) -> np.ndarray:
                 first, last, _ = index[0].indices(size)
                 return x[first - start : last - start]
 

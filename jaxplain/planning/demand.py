@@ -204,7 +204,7 @@ class _Length(int):
 def _layer_state(**options: Any) -> LayerReduction:
     """A reduction of one data shard, as shapes."""
     mesh = mesh_over(jax.local_devices()[:1], 1, 1)
-    values = {
+    values: dict[str, Any] = {
         name: np.zeros(value, np.int32) if isinstance(value, _Length) else value
         for name, value in options.items()
     }

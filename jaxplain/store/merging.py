@@ -199,8 +199,8 @@ def _merge_neurons(
     files = schema.kind_arrays(layers=layers, neurons=axes[-1], experts=experts, **sizes)["activation"]
     parts = [spans(length, size) for length, size in zip(axes, files.shard[1:], strict=False)]
     blocks = [
-        Block(layer=layer, spans=tuple(place), axes=axes)
-        for layer, *place in itertools.product(range(layers), *parts)
+        Block(layer=layer, spans=place, axes=axes)
+        for layer, place in itertools.product(range(layers), itertools.product(*parts))
     ]
     merge = functools.partial(
         merge_block, slices=slices, out=out, kinds=split.kinds, levels=split.quantile_levels, draws=draws
