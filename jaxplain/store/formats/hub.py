@@ -5,7 +5,8 @@
     explanations.sqlite     the database beside it, and of it the tables
     explanations.parquet, scores.parquet
 
-What makes a store complete is sent last, so that a push that was cut off leaves none that is taken for whole.
+A store that was there is taken away first, and what makes a store complete is sent last, so that a push that
+was cut off leaves none that is taken for whole.
 """
 
 import sqlite3
@@ -84,6 +85,8 @@ def push(
         total = sum(path.stat().st_size for _, path in files)
         try:
             url = api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
+            if part != "explanations" and api.file_exists(repository, _LAST, repo_type="dataset"):
+                api.delete_folder(f"{STORE_NAME}/", repository, repo_type="dataset")
             with progress(total=total, desc=f"push to {repository}", unit="B") as bar:
                 first = len(files) - (files[-1][0] == _LAST)
                 for span in [*spans(first, _FILES_PER_COMMIT), slice(first, len(files))]:
@@ -92,7 +95,7 @@ def push(
             raise JaxplainError(
                 "the hub asks for a token; log in with hf auth login, and push again."
             ) from error
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
+        except (HfHubHTTPError, HFValidationError, OSError, RuntimeError) as error:
             raise JaxplainError(f"{repository} could not be pushed: {first_line(error)}.") from error
     return str(url)
 

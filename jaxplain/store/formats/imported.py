@@ -76,12 +76,12 @@ def write_ranked(
 ) -> None:
     """Write exemplars of a kind, strongest first, each sequence once, as many as there are ranks.
 
-    Of entries alike in score the lower sequence comes first. Random ones keep their order, and their score,
-    the number that they were drawn by, is NaN. Entries whose sequence is -1 are none.
+    Entries alike in score keep their order, and so do random ones, whose score, the number that they were
+    drawn by, is NaN. Entries whose sequence is -1 are none.
     """
     by = {"max": -score_NR, "min": score_NR, "quantile": -score_NR}.get(kind, np.zeros_like(score_NR))
     none_NR = (sequence_NR < 0) | _again(sequence_NR)
-    order_NR = np.lexsort((_tie_breaker(kind, sequence_NR), by, none_NR), axis=-1)[:, :ranks]
+    order_NR = np.lexsort((by, none_NR), axis=-1)[:, :ranks]
     none_NR = np.take_along_axis(none_NR, order_NR, 1)
 
     def ranked(values: np.ndarray, empty: int | float) -> np.ndarray:
@@ -109,14 +109,6 @@ def statistics_of(neurons: int, **known_N: np.ndarray) -> dict[str, np.ndarray]:
     """All statistics of some neurons; those that are not given are not known."""
     unknown = {name: np.full(neurons, np.nan) for name in schema.STATISTICS}
     return unknown | {"count": np.full(neurons, NOT_STATED, np.int64)} | known_N
-
-
-def _tie_breaker(kind: str, sequence_NR: np.ndarray) -> np.ndarray:
-    return (
-        np.broadcast_to(np.arange(sequence_NR.shape[1]), sequence_NR.shape)
-        if kind == "random"
-        else sequence_NR
-    )
 
 
 def _again(sequence_NR: np.ndarray) -> np.ndarray:

@@ -186,13 +186,13 @@ class _Block:
 
     def add_to(self, table: SequenceTable) -> None:
         """Add the sequences to a table."""
-        for n, r in zip(*np.nonzero(self.filled_NR), strict=True):
+        for n, r in np.argwhere(self.filled_NR).tolist():
             table.add(self._tokens(n, r), int(self.corpus_NR[n, r]))
 
     def numbers(self, table: SequenceTable) -> np.ndarray:
         """The sequences' numbers in a table, -1 where there is none."""
         number_NR = np.full(self.filled_NR.shape, -1, np.int32)
-        for n, r in zip(*np.nonzero(self.filled_NR), strict=True):
+        for n, r in np.argwhere(self.filled_NR).tolist():
             number_NR[n, r] = table.number(self._tokens(n, r))
         return number_NR
 
