@@ -12,6 +12,11 @@ import jaxplain
 from jaxplain.store import schema
 from jaxplain.store.writer import SplitWriter
 
+_NEVER_KNOWN = (
+    "sequences that are no exemplars, so that means by token are of exemplars alone",
+    "documents: each sequence stands as one of its own",
+)
+
 NOT_STATED = 0
 """The count of tokens where a source does not tell it."""
 
@@ -33,6 +38,7 @@ def imported_attributes(
     splits: Sequence[str],
     exemplars: Mapping[str, Any],
     tokens: int,
+    sequences: str,
     form: str,
     sources: Sequence[Path],
     not_known: Sequence[str],
@@ -40,12 +46,13 @@ def imported_attributes(
 ) -> dict[str, Any]:
     """The root's attributes of a store that was imported; `imported` says from what, and what is missing.
 
-    `exemplars` are the kinds, k and activation_dtype, and the strata of kind quantile.
+    `exemplars` are the kinds, k and activation_dtype, and the strata of kind quantile; `sequences` is a hash
+    of vocabulary and token table, by which two imports are told apart.
     """
     return {
         "config": {
             "subject": {"id": subject},
-            "corpus": {"sources": [], "sequence_length": tokens, "splits": dict.fromkeys(splits)},
+            "corpus": {"sources": [], "sequence_length": tokens, "sequences": sequences},
             "exemplars": {"splits": list(splits), **exemplars},
             "statistics": {"quantiles": []},
         },
@@ -56,7 +63,7 @@ def imported_attributes(
         "imported": {
             "format": form,
             "sources": [str(source) for source in sources],
-            "not_known": list(not_known),
+            "not_known": [*not_known, *_NEVER_KNOWN],
         },
     }
 

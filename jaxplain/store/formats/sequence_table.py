@@ -3,7 +3,7 @@
 import array
 import hashlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,11 @@ class SequenceTable:
     def longest(self) -> int:
         """The most tokens that a sequence has."""
         return max(self._lengths, default=0)
+
+    def digest(self, vocabulary: Sequence[bytes]) -> str:
+        """A hash of all sequences and of what their tokens stand for."""
+        words = [hashlib.blake2b(word, digest_size=16).digest() for word in vocabulary]
+        return hashlib.blake2b(b"".join([*words, *self._rows]), digest_size=16).hexdigest()
 
     def add(self, token_T: Int[np.ndarray, "T"], corpus: int = 0) -> int:
         """The number of a sequence, which gets one, and its corpus, where it is new."""

@@ -146,28 +146,34 @@ def import_text_records(
             *(f"exemplars of kind {kind}" for kind in missing),
             *source.not_known(),
             "token ids: tokens are told apart by their texts",
-            "documents: each sequence stands as one of its own",
         ]
+        form = survey.token_form() if token_form == "auto" else token_form
+        vocabulary = [piece_bytes(text, form) for text in survey.vocabulary]
         attributes = imported_attributes(
             subject=subject,
             corpora=[source.corpus],
             splits=[_SPLIT],
             exemplars=exemplars,
             tokens=table.longest,
+            sequences=table.digest(vocabulary),
             form=source.form,
             sources=source.paths,
             not_known=not_known,
         )
         writer = StoreWriter(target, attributes)
-        form = survey.token_form() if token_form == "auto" else token_form
-        writer.write_vocabulary([piece_bytes(text, form) for text in survey.vocabulary])
+        writer.write_vocabulary(vocabulary)
         writer.write_sequences(_SPLIT, table.blocks(), tokens=table.longest)
         with progress(total=source.neurons, desc="activations", unit="neurons") as bar:
             _write_neurons(writer, source, survey, exemplars, bar.update)
         writer.finish_split(_SPLIT)
         writer.finish()
     neurons = sum(map(len, survey.indices.values()))
-    return Imported(path=target, neurons=neurons, sequences=len(table), not_known=tuple(not_known))
+    return Imported(
+        path=target,
+        neurons=neurons,
+        sequences=len(table),
+        not_known=tuple(attributes["imported"]["not_known"]),
+    )
 
 
 class _Survey:

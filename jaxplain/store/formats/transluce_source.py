@@ -131,7 +131,6 @@ def import_transluce(
     not_known = [
         *(f"exemplars of kind {kind}" for kind in ("max", "min", "random") if kind not in kinds),
         "mean, variance, skewness, kurtosis and fraction_active",
-        "documents: each sequence stands as one of its own",
     ]
     if not all(layer.tokens_seen for layers in splits.values() for layer in layers):
         not_known.append("count of layers that do not say how many tokens were seen")
@@ -142,6 +141,7 @@ def import_transluce(
         splits=list(splits),
         exemplars=exemplars,
         tokens=tokens,
+        sequences="",
         form=FORMAT,
         sources=[path],
         not_known=not_known,
@@ -151,7 +151,7 @@ def import_transluce(
     Path(out).mkdir(parents=True, exist_ok=True)
     writer = StoreWriter(target, attributes)
     writer.write_vocabulary(tokenizer.vocabulary)
-    sequences = 0
+    sequences, digests = 0, []
     for name, layers in splits.items():
         total = sum(layer.neurons for layer in layers)
         with SequenceTable(Path(out)) as table:
@@ -166,10 +166,18 @@ def import_transluce(
             with progress(total=total, desc=f"{name}: activations", unit="neurons") as bar:
                 _write_split(writer, name, layers, table, tokenizer, exemplars, bar.update)
             sequences += len(table)
+            digests.append(table.digest(tokenizer.vocabulary))
         writer.finish_split(name)
-    writer.finish()
+    config = attributes["config"]
+    # Known at the end only.
+    writer.finish(config=config | {"corpus": config["corpus"] | {"sequences": " ".join(digests)}})
     neurons = sum(layer.neurons for layer in max(splits.values(), key=len))
-    return Imported(path=target, neurons=neurons, sequences=sequences, not_known=tuple(not_known))
+    return Imported(
+        path=target,
+        neurons=neurons,
+        sequences=sequences,
+        not_known=tuple(attributes["imported"]["not_known"]),
+    )
 
 
 class _Block:

@@ -8,8 +8,12 @@ import pytest
 
 import jaxplain
 from jaxplain.errors import JaxplainError
+from jaxplain.explain import main as explain
 from jaxplain.export import main as export
 from jaxplain.ingest import main as ingest
+from jaxplain.show import main as show
+from jaxplain.store.merging import merge_stores
+from tests.store import slices
 from tests.store.formats import stores
 
 
@@ -345,3 +349,38 @@ def test_export_in_small_blocks(store, tree, tmp_path, monkeypatch):
     export([store.zarr_path, str(tmp_path / "out"), "--format", "neuron-records"])
     for layer, index in stores.names(store["train"]):
         assert read(tmp_path / "out", layer, index) == read(tree, layer, index)
+
+
+def test_imported_stores_are_not_merged_but_told_apart_and_shown(tmp_path, capsys):
+    for name in ("a", "b"):
+        write(tmp_path / name, 0, 0, [([name], [1.0])])
+    one, other = (imported(tmp_path / name, tmp_path / f"out-{name}") for name in ("a", "b"))
+    assert one.fingerprint != other.fingerprint
+    own = slices.write(tmp_path / "own.zarr", slices.run([(1, 0, 0)]))
+    for stores_ in ([one.zarr_path, other.zarr_path], [own, other.zarr_path]):
+        with pytest.raises(
+            JaxplainError, match="was imported from neuron-records, which does not tell what merging"
+        ):
+            merge_stores(str(tmp_path / "merged"), stores_, stores.SILENT)
+    capsys.readouterr()
+    show([str(tmp_path / "out-a"), "--layer", "0", "--neuron", "0"])
+    assert "over a number of tokens that is not known: mean 0.250" in capsys.readouterr().out
+
+
+def test_an_imported_neuron_can_be_explained(tmp_path):
+    write(
+        tmp_path / "old",
+        0,
+        0,
+        [([" a", " cat"], [0.0, 5.0]), ([" my", " cat"], [0.0, 4.0])],
+        [([" a"], [0.0])],
+    )
+    store = imported(tmp_path / "old", tmp_path / "out")
+    explain(
+        [
+            *("--store", str(tmp_path / "out"), "--signs", "[max]"),
+            *("--explainer.provider", "token_table", "--prompt.tokens", "1"),
+        ]
+    )
+    [explanation] = store["train"].neuron(0, 0).explanations()
+    assert "cat" in explanation.text
