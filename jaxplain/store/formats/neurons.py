@@ -14,7 +14,7 @@ from jaxplain.store.reader import Split
 from jaxplain.store.repeats import spans
 
 _BLOCK_BYTES = 2**25
-_MOST_NEURONS = 256
+_MOST_NEURONS = 64
 _NOT_ASKED_FOR = -1
 
 
