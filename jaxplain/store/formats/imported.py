@@ -9,7 +9,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 import jaxplain
+from jaxplain.errors import JaxplainError
 from jaxplain.store import schema
+from jaxplain.store.files import Files
 from jaxplain.store.writer import SplitWriter
 
 _NEVER_KNOWN = (
@@ -29,6 +31,22 @@ class Imported:
     neurons: int
     sequences: int
     not_known: tuple[str, ...]
+
+
+def new_store(out: str, *, overwrite: bool) -> str:
+    """Where the store in the folder `out` will be; the folder is made.
+
+    Raises JaxplainError where it is not on a local disk, or there is a store that is not to be replaced.
+    """
+    if "://" in out:
+        raise JaxplainError(f"OUT is {out}; name a folder on a local disk, and copy the store from there.")
+    target = f"{out.rstrip('/')}/{schema.STORE_NAME}"
+    if not overwrite and not Files(target).is_empty():
+        raise JaxplainError(
+            f"{target} exists already; choose another folder, or replace it with --overwrite."
+        )
+    Path(out).mkdir(parents=True, exist_ok=True)
+    return target
 
 
 def imported_attributes(

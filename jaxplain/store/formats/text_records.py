@@ -15,11 +15,15 @@ import numpy as np
 
 from jaxplain.errors import JaxplainError
 from jaxplain.progress import Progress
-from jaxplain.store.files import Files
-from jaxplain.store.formats.imported import Imported, imported_attributes, statistics_of, write_ranked
+from jaxplain.store.formats.imported import (
+    Imported,
+    imported_attributes,
+    new_store,
+    statistics_of,
+    write_ranked,
+)
 from jaxplain.store.formats.sequence_table import SequenceTable
 from jaxplain.store.neuron_id import NeuronId
-from jaxplain.store.schema import STORE_NAME
 from jaxplain.store.writer import StoreWriter
 from jaxplain.subjects.vocabulary import piece_bytes
 
@@ -123,12 +127,7 @@ def import_text_records(
 
     Raises JaxplainError where the source cannot be read or holds nothing, or `out` holds a store already.
     """
-    target = f"{out.rstrip('/')}/{STORE_NAME}"
-    if not overwrite and not Files(target).is_empty():
-        raise JaxplainError(
-            f"{target} exists already; choose another folder, or replace it with --overwrite."
-        )
-    Path(out).mkdir(parents=True, exist_ok=True)
+    target = new_store(out, overwrite=overwrite)
     with SequenceTable(Path(out)) as table:
         survey = _Survey(table)
         with progress(total=source.neurons, desc="sequences", unit="neurons") as bar:

@@ -15,11 +15,11 @@ import numpy as np
 
 from jaxplain.errors import JaxplainError, first_line
 from jaxplain.progress import Progress
-from jaxplain.store.files import Files
 from jaxplain.store.formats.imported import (
     NOT_STATED,
     Imported,
     imported_attributes,
+    new_store,
     statistics_of,
     write_ranked,
 )
@@ -34,7 +34,6 @@ from jaxplain.store.formats.transluce import (
     layer_folders,
 )
 from jaxplain.store.repeats import spans
-from jaxplain.store.schema import STORE_NAME
 from jaxplain.store.writer import StoreWriter
 
 _BLOCK_BYTES = 2**24
@@ -115,11 +114,7 @@ def import_transluce(
     or `out` holds a store already.
     """
     config = transluce_config(path)
-    target = f"{out.rstrip('/')}/{STORE_NAME}"
-    if not overwrite and not Files(target).is_empty():
-        raise JaxplainError(
-            f"{target} exists already; choose another folder, or replace it with --overwrite."
-        )
+    target = new_store(out, overwrite=overwrite)
     splits = {name: layers for name in SPLITS if (layers := _layers(path, name))}
     if not splits:
         raise JaxplainError(f"{path} holds no arrays of the splits {', '.join(SPLITS)}.")
@@ -148,7 +143,6 @@ def import_transluce(
         tokenizer_hash=tokenizer.hash,
     )
     attributes["imported"]["config"] = config
-    Path(out).mkdir(parents=True, exist_ok=True)
     writer = StoreWriter(target, attributes)
     writer.write_vocabulary(tokenizer.vocabulary)
     sequences, digests = 0, []

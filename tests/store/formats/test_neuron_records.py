@@ -297,6 +297,8 @@ def test_other_sources_are_refused(tmp_path):
     write(tmp_path / "old", 0, 0, [(["x"], [1.0])])
     with pytest.raises(JaxplainError, match="which lies in"):
         imported(tmp_path / "old", tmp_path / "old" / "out")
+    with pytest.raises(JaxplainError, match="OUT is gs://bucket/run; name a folder on a local disk"):
+        imported(tmp_path / "old", "gs://bucket/run")
     with pytest.raises(JaxplainError, match="--pad-token is for transluce"):
         imported(tmp_path / "old", tmp_path / "out", "--pad-token", 1)
     with pytest.raises(JaxplainError, match="--tokens-seen has 2 numbers, but 1 folders"):
