@@ -24,7 +24,7 @@ class Bar(tqdm):
         """What the bar's format may name."""
         values = super().format_dict
         if self.disable:
-            return values
+            return dict(values)
         values["bar_format"] = _KNOWN if values["total"] and values["n"] <= values["total"] else _UNKNOWN
         here = values["n"] - values["initial"]
         per_second = here / values["elapsed"] if values["elapsed"] else 0.0

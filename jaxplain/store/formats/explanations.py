@@ -52,9 +52,12 @@ def export_explanations(run_folder: Path, out: Path) -> int:
     return rows
 
 
-def write_parquet_tables(database: Path, folder: Path) -> dict[str, int]:
-    """Write explanations.parquet and scores.parquet, and say how many rows they have."""
-    with open_explanations(database) as opened:
+def write_parquet_tables(database: Path, folder: Path, *, fingerprint: str) -> dict[str, int]:
+    """Write explanations.parquet and scores.parquet, and say how many rows they have.
+
+    Raises JaxplainError where the database belongs to another store than that of the fingerprint.
+    """
+    with open_explanations(database, fingerprint=fingerprint) as opened:
         return {
             name: _write_table(rows, kind, folder / f"{name}.parquet")
             for name, rows, kind in (

@@ -71,7 +71,7 @@ def push(
         tables: dict[str, int] = {}
         files: list[tuple[str, Path]] = []
         if has_explanations:
-            tables = write_parquet_tables(database, Path(folder))
+            tables = write_parquet_tables(database, Path(folder), fingerprint=store.fingerprint)
             files += [(f"{name}.parquet", Path(folder) / f"{name}.parquet") for name in tables]
             files.append((DATABASE_NAME, _copied(database, Path(folder))))
         card = Path(folder) / "README.md"

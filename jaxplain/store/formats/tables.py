@@ -87,7 +87,7 @@ def export_tables(
                             rows[name] += len(table)
                         bar.update(len(block.names))
         if database is not None and database.exists():
-            rows |= write_parquet_tables(database, folder)
+            rows |= write_parquet_tables(database, folder, fingerprint=store.fingerprint)
     return {name: count for name, count in rows.items() if count}
 
 

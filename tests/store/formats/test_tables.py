@@ -1,5 +1,7 @@
 """Long tables against what the reader gives."""
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -115,6 +117,14 @@ def test_what_was_there_stays_until_the_end(store, tmp_path, monkeypatch):
     monkeypatch.undo()
     export([*command, "--overwrite", "--limit", "1"])
     assert pd.read_parquet(out / "exemplars").query("kind == 'max'")["rank"].max() == 0
+
+
+def test_explanations_of_another_store_are_not_taken_for_its_own(store, tmp_path):
+    other = stores.write(tmp_path / "exemplars.zarr", kinds=("max",))
+    shutil.copy(store.explanations_path, tmp_path)
+    with pytest.raises(JaxplainError, match="holds explanations of another store"):
+        export([other.zarr_path, str(tmp_path / "out"), "--format", "parquet", "--no-progress"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_result_does_not_take_the_stores_place(store, tmp_path):
