@@ -1,102 +1,152 @@
-"""python -m jaxplain.export RUN --explanations FILE: explanations as a table for other tools."""
+"""python -m jaxplain.export STORE OUT --format FORMAT: a store, or its explanations, for other tools."""
 
 import argparse
-import csv
-import dataclasses
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from jaxplain.commands import run
+from jaxplain.commands import TRACEBACK, run
 from jaxplain.errors import JaxplainError
-from jaxplain.store.explanations import DATABASE_NAME, Explanation, open_explanations
+from jaxplain.progress import ByteBar, Progress, progress_bars
+from jaxplain.ranges import parse_range
+from jaxplain.store.formats import explanations, hub, neuron_records, neuronpedia, tables, transluce
+from jaxplain.store.formats.explanations import export_explanations
+from jaxplain.store.reader import Split, Store, open_store
 
-_COLUMNS = [field.name for field in dataclasses.fields(Explanation)]
-_ROWS_AT_ONCE = 10_000
+_FORMATS = {
+    neuron_records.FORMAT: "neurons/<layer>/<neuron>.json of OpenAI's neuron-explainer, of one split",
+    transluce.FORMAT: "arrays by layer of Transluce's observatory; needs --pad-token",
+    neuronpedia.FORMAT: "batches of JSON lines for Neuronpedia, of one split, with explanations",
+    tables.FORMAT: "long tables for pandas, polars and DuckDB, with explanations and scores",
+    hub.FORMAT: "a dataset repository OUT (user/name) of the Hugging Face hub, with a card",
+    explanations.FORMAT: "explanations as one table; OUT ends in .parquet, .jsonl or .csv",
+}
+_OF_SPLITS = (neuron_records.FORMAT, neuronpedia.FORMAT, tables.FORMAT)
+_OF_NEURONS = (*_OF_SPLITS, transluce.FORMAT)
+_OWN = {
+    "split": _OF_SPLITS,
+    "layers": _OF_NEURONS,
+    "limit": _OF_NEURONS,
+    "overwrite": _OF_NEURONS,
+    "pad_token": (transluce.FORMAT,),
+    "model": (neuronpedia.FORMAT,),
+    "creator": (neuronpedia.FORMAT,),
+    "part": (hub.FORMAT,),
+    "private": (hub.FORMAT,),
+    "endpoint": (hub.FORMAT,),
+}
+"""The formats that an option is for, where it is not for all."""
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parse and write."""
+    options = _parser().parse_intermixed_args(list(arguments))
+    if options.explanations is not None:
+        if options.out is not None or options.format is not None:
+            raise JaxplainError(
+                "--explanations FILE stands for FILE --format explanations; leave out OUT and --format."
+            )
+        options.format, options.out = explanations.FORMAT, options.explanations
+    if options.out is None or options.format is None:
+        missing = "OUT" if options.out is None else "--format"
+        raise JaxplainError(f"{missing} is missing; give OUT and --format {' | '.join(_FORMATS)}.")
+    for option, formats in _OWN.items():
+        if getattr(options, option) not in (None, False) and options.format not in formats:
+            flag = f"--{option.replace('_', '-')}"
+            raise JaxplainError(f"{flag} is for --format {' or '.join(formats)}; leave it out.")
+    if options.limit is not None and options.limit < 1:
+        raise JaxplainError(f"--limit is {options.limit}; give a positive number.")
+    print(_export(options))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m jaxplain.export",
-        description="Write explanations as a table, one row each.",
+        description="Write a store, or its explanations, in the form of another tool.",
+        epilog="formats:\n" + "\n".join(f"  {name:<16}{what}" for name, what in _FORMATS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", help="a run's folder, or an explanations.sqlite")
-    parser.add_argument(
-        "--explanations", required=True, metavar="FILE", help="ends in .parquet, .jsonl or .csv"
-    )
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
-    options = parser.parse_args(list(arguments))
-    rows = export_explanations(Path(options.run), Path(options.explanations))
-    print(f"{rows:,} explanations are in {options.explanations}")
+    parser.add_argument("store", help="a run's folder, or a store's path or URL")
+    parser.add_argument("out", nargs="?", help="the folder, file or repository to write")
+    parser.add_argument("--format", choices=_FORMATS, help="see below")
+    parser.add_argument("--split", help="the split to write; parquet writes all by default, others the first")
+    parser.add_argument("--layers", metavar="RANGE", help="layers such as 3, 0:8 or 0:32:4; all by default")
+    parser.add_argument("--limit", type=int, metavar="N", help="the most exemplars of each kind")
+    parser.add_argument("--pad-token", type=int, metavar="ID", help="what the subject's tokenizer pads with")
+    parser.add_argument("--model", metavar="NAME", help="Neuronpedia's id of the model")
+    parser.add_argument("--creator", metavar="ID", help="Neuronpedia's id of the account that uploads")
+    parser.add_argument("--part", choices=hub.PARTS, help="what to push to the hub; all by default")
+    parser.add_argument("--private", action="store_true", help="make the hub's repository a private one")
+    parser.add_argument("--endpoint", metavar="URL", help="the hub's address, if not huggingface.co")
+    parser.add_argument("--explanations", metavar="FILE", help="short for FILE --format explanations")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there, at the end")
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
+    parser.add_argument(TRACEBACK, action="store_true", help="show where an error came from")
+    return parser
 
 
-def export_explanations(run_folder: Path, out: Path) -> int:
-    """Write all explanations of a run to a file whose name says the format, and say how many.
-
-    Raises JaxplainError where there are none, or the format is not known. The file appears whole or not
-    at all.
-    """
-    write = _WRITERS.get(out.suffix)
-    if write is None:
-        raise JaxplainError(f"--explanations is {out}; its name must end in {', '.join(_WRITERS)}.")
-    database = run_folder / DATABASE_NAME if run_folder.is_dir() else run_folder
-    partial = out.with_name(f".{out.name}.partial")
-    rows = 0
-
-    def counted(explanations: Iterable[Explanation]) -> Iterator[Explanation]:
-        nonlocal rows
-        for explanation in explanations:
-            rows += 1
-            yield explanation
-
-    try:
-        with open_explanations(database) as explanations:
-            write(counted(explanations.each_explanation()), partial)
-        os.replace(partial, out)
-    except OSError as error:
-        raise JaxplainError(f"{out} cannot be written: {error.strerror}.") from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return rows
+def _export(options: argparse.Namespace) -> str:
+    """Do it, and say what became of it."""
+    if options.format == explanations.FORMAT:
+        rows = export_explanations(Path(options.store), Path(options.out))
+        return f"{rows:,} explanations are in {options.out}"
+    store = open_store(options.store)
+    progress = progress_bars(enabled=not options.no_progress)
+    if options.format == hub.FORMAT:
+        address = hub.push(
+            store,
+            options.out,
+            progress_bars(enabled=not options.no_progress, kind=ByteBar),
+            part=options.part or "all",
+            private=options.private,
+            endpoint=options.endpoint,
+        )
+        return f"{address} has it"
+    split = store[options.split or store.splits[0]]
+    layers = None if options.layers is None else _layers(options.layers, split)
+    return _export_neurons(options, store, split, layers, progress)
 
 
-def _write_csv(explanations: Iterable[Explanation], path: Path) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, _COLUMNS)
-        writer.writeheader()
-        for explanation in explanations:
-            writer.writerow(dataclasses.asdict(explanation))
+def _export_neurons(
+    options: argparse.Namespace, store: Store, split: Split, layers: list[int] | None, progress: Progress
+) -> str:
+    out = Path(options.out)
+    same = {"layers": layers, "limit": options.limit, "overwrite": options.overwrite}
+    match options.format:
+        case neuron_records.FORMAT:
+            written = neuron_records.export_neuron_records(split, out, progress, **same)
+            return f"{written:,} neurons are in {out / neuron_records.FOLDER}"
+        case transluce.FORMAT:
+            if options.pad_token is None:
+                raise JaxplainError(
+                    "--pad-token is missing; give the id that the subject's tokenizer pads with, such as "
+                    "128004 for Llama 3.1."
+                )
+            folder = transluce.export_transluce(store, out, progress, pad_token=options.pad_token, **same)
+            return f"the exemplars are in {folder}"
+        case neuronpedia.FORMAT:
+            folder = neuronpedia.export_neuronpedia(
+                split,
+                out,
+                progress,
+                model=options.model,
+                creator=options.creator or neuronpedia.DEFAULT_CREATOR,
+                **same,
+            )
+            return f"the sources are in {folder}"
+        case _:
+            splits = None if options.split is None else [split.name]
+            rows = tables.export_tables(store, out, progress, splits=splits, **same)
+            return f"{out} holds " + ", ".join(f"{count:,} {name}" for name, count in rows.items())
 
 
-def _write_jsonl(explanations: Iterable[Explanation], path: Path) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for explanation in explanations:
-            file.write(json.dumps(dataclasses.asdict(explanation), ensure_ascii=False) + "\n")
-
-
-def _write_parquet(explanations: Iterable[Explanation], path: Path) -> None:
-    types = {int: pa.int32(), int | None: pa.int32(), str: pa.string(), str | None: pa.string()}
-    schema = pa.schema([(field.name, types[field.type]) for field in dataclasses.fields(Explanation)])
-    pending: list[dict[str, object]] = []
-    with pq.ParquetWriter(path, schema) as writer:
-        for explanation in explanations:
-            pending.append(dataclasses.asdict(explanation))
-            if len(pending) == _ROWS_AT_ONCE:
-                writer.write_table(pa.Table.from_pylist(pending, schema))
-                pending = []
-        writer.write_table(pa.Table.from_pylist(pending, schema))
-
-
-_WRITERS: dict[str, Callable[[Iterable[Explanation], Path], None]] = {
-    ".parquet": _write_parquet,
-    ".jsonl": _write_jsonl,
-    ".csv": _write_csv,
-}
+def _layers(text: str, split: Split) -> list[int]:
+    named = parse_range(text, "--layers", int(split.layers.max()) + 1)
+    found = [layer for layer in split.layers.tolist() if layer in named]
+    if not found:
+        raise JaxplainError(
+            f"--layers is {text!r}, but the store's are {', '.join(map(str, split.layers.tolist()))}."
+        )
+    return found
 
 
 if __name__ == "__main__":

@@ -47,6 +47,8 @@ def require_agreement(stores: Sequence[Store]) -> None:
     holds that cannot be merged.
     """
     first = stores[0]
+    for store in stores:
+        _require_extracted(store)
     _require_mergeable(first)
     expected = dict(_facts(first))
     for store in stores[1:]:
@@ -123,6 +125,14 @@ def merged_corpora(names: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], lis
             own.append(numbers.setdefault((name, seen[name]), len(numbers)))
         renumbered.append(np.array(own, np.int32))
     return tuple(name for name, _ in numbers), renumbered
+
+
+def _require_extracted(store: Store) -> None:
+    if "imported" in store.attributes:
+        raise JaxplainError(
+            f"{store.zarr_path} was imported from {store.attributes['imported']['format']}, which does not "
+            "tell what merging needs; import what it was made of together, where that can be."
+        )
 
 
 def _require_mergeable(store: Store) -> None:

@@ -14,7 +14,7 @@ class Exemplar:
     Attributes:
         rank: 0 for the strongest.
         score: The highest activation for kinds max and quantile, the lowest for min; the drawn number for
-            random.
+            random, NaN in stores that were imported.
         sequence: The sequence's row in the split's token table.
         tokens: Token ids without padding, int32 [T].
         activations: The neuron's activation at each token, float32 [T]; NaN where a token does not count.
@@ -56,7 +56,7 @@ class NeuronStatistics:
     """Over all tokens that count: how many, and the shape of the activation's distribution.
 
     Attributes:
-        count: Tokens that count.
+        count: Tokens that count; 0 where a store was imported from something that does not tell.
         mean: The activation's mean.
         variance: Its variance, divided by the count.
         skewness: Its third standardised moment, m3 / m2**1.5; NaN where the variance is 0.

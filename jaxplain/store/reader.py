@@ -11,6 +11,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -349,12 +350,18 @@ class Split:
         arrays = [self._array(f"sequences/{name}")[rows] for name in names]
         return dict(zip(names, self.store._files.read(*arrays), strict=True))
 
-    def layer_arrays(self, place: int, *names: str) -> list[np.ndarray]:
+    def layer_arrays(self, place: int, *names: str, within: tuple[int | slice, ...] = ()) -> list[np.ndarray]:
         """Whole-layer slices of arrays such as "max/score"; `place` is the layer's place on its axis.
 
-        They begin with the axis of neurons, or with those of experts and neurons.
+        They begin with the axis of neurons, or with those of experts and neurons; `within` are places or
+        slices of these.
         """
-        return self.store._files.read(*(self._array(name)[place] for name in names))
+        return self.store._files.read(*(self._array(name)[(place, *within)] for name in names))
+
+    def bytes_per_neuron(self, kind: str) -> int:
+        """How large a neuron's activations of a kind are, uncompressed."""
+        array = self._array(f"{schema.group_of(kind)}/activation")
+        return math.prod(array.shape[-2:]) * array.dtype.numpy_dtype.itemsize
 
     def to_xarray(self) -> "xarray.DataTree":
         """The split as an xarray DataTree of lazily read arrays, in the store's own structure."""

@@ -150,8 +150,8 @@ def kind_arrays(
     """Exemplars of one kind. Empty ranks have sequence -1 and NaN elsewhere.
 
     `score` is the extreme activation itself for max and min, the highest for quantile, and the drawn
-    number for random. `activation` is NaN at tokens that do not count. Where there are `strata`, each rank
-    has the number of one, and `level` is where they begin and end.
+    number for random, NaN where a store was imported. `activation` is NaN at tokens that do not count. Where
+    there are `strata`, each rank has the number of one, and `level` is where they begin and end.
     """
     # One neuron's activations are a chunk; 64 MiB or so, and at most a layer, are a shard.
     bytes_per_neuron = k * tokens * _bytes_of(activation_dtype)
@@ -225,6 +225,8 @@ def statistics_arrays(
     *, layers: int, neurons: int, quantiles: int, experts: int | None = None
 ) -> dict[str, ArraySpec]:
     """Statistics over all tokens that count; `count` is -1 where a neuron was not asked for.
+
+    Where a store was imported, `count` is 0 and others are NaN if what it was made of does not tell them.
 
     `kurtosis` is not the excess: a Gaussian has 3. It and `skewness` are NaN where nothing varies.
     """

@@ -25,13 +25,23 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, size: int) -> list[bytes]:
             found.append(b"")
         elif index in added:
             found.append(added[index].content.encode())
-        elif byte_level:
-            found.append(bytes(_BYTE_OF_CHARACTER[c] for c in token))
-        elif match := _BYTE_TOKEN.fullmatch(token):
-            found.append(bytes([int(match[1], 16)]))
         else:
-            found.append(token.replace("\u2581", " ").encode())  # SentencePiece's mark for a space
+            found.append(piece_bytes(token, "byte-level" if byte_level else "sentencepiece"))
     return found + [b""] * (size - len(found))
+
+
+def piece_bytes(token: str, form: str) -> bytes:
+    """The bytes of a token as a tokenizer of a form writes it: `byte-level`, `sentencepiece`, or `text`.
+
+    A token with a character that no byte is written as is its text, as special tokens are.
+    """
+    if form == "byte-level" and all(character in _BYTE_OF_CHARACTER for character in token):
+        return bytes(_BYTE_OF_CHARACTER[character] for character in token)
+    if form == "sentencepiece":
+        if match := _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(match[1], 16)])
+        token = token.replace("\u2581", " ")  # its mark for a space
+    return token.encode("utf-8", "surrogatepass")
 
 
 def _byte_of_character() -> dict[str, int]:

@@ -25,11 +25,12 @@ _TOKENS_BEFORE_PEAK, _TOKENS_AFTER_PEAK = 12, 6
 def print_neuron(neuron: Neuron, console: Console, *, kind: str = "max", limit: int = 5) -> None:
     """A neuron's statistics and its strongest excerpts of a kind."""
     stats = neuron.stats
+    tokens = f"{stats.count:,} tokens" if stats.count else "a number of tokens that is not known"
     shared = "reads every token; " if neuron.expert is not None and neuron.is_shared else ""
     threshold = neuron.split.store.config.get("statistics", {}).get("active_above", 0.0)
     console.print(
         f"[bold]{neuron.id}[/bold] "
-        f"[dim]{shared}{neuron.split.name}, {kind}; over {stats.count:,} tokens: mean {stats.mean:.3f}, "
+        f"[dim]{shared}{neuron.split.name}, {kind}; over {tokens}: mean {stats.mean:.3f}, "
         f"deviation {stats.variance**0.5:.3f}, above {threshold or 'zero'} {stats.fraction_active:.1%}[/dim]",
         highlight=False,
         soft_wrap=True,

@@ -1,0 +1,1 @@
+"""Forms of other tools that stores are written in, or made from."""
