@@ -1,0 +1,154 @@
+"""Exemplars as pages show them: tokens with a shade each, and no character that could do anything else."""
+
+import dataclasses
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxplain.store.exemplar import Exemplar
+
+STEPS = 8
+LONGEST_TOKEN, LONGEST_TEXT = 400, 20_000
+_BEFORE, _AFTER = 18, 10
+_MARKS = {"\n": "⏎", "\t": "⇥", "\x7f": "␡"}
+# Joiners, without which some scripts and pictures would fall apart.
+_JOINERS = "\u200c\u200d"
+# Marks that steer the order in which letters are laid out, or that cannot be seen at all.
+_STEERING = frozenset("\u061c\u200b\u200e\u200f\u2028\u2029\u2060\ufeff") | {
+    chr(code) for start, stop in ((0x202A, 0x202F), (0x2066, 0x206A)) for code in range(start, stop)
+}
+
+
+def visible(text: str, *, longest: int = LONGEST_TEXT) -> str:
+    """Text whose control characters have become signs for them, and of which no more than some is shown."""
+    shown = text[:longest]
+    if not shown.isprintable():
+        shown = "".join(map(_sign, shown))
+    return shown if len(text) <= longest else f"{shown}… ({len(text):,} characters)"
+
+
+def visible_lines(text: str, *, longest: int = LONGEST_TEXT) -> str:
+    """The same, but that lines still end."""
+    shown = "\n".join(visible(line) for line in text[:longest].split("\n"))
+    return shown if len(text) <= longest else f"{shown}… ({len(text):,} characters)"
+
+
+def _sign(character: str) -> str:
+    if character.isprintable() and character not in _STEERING:
+        return character
+    if character in _MARKS:
+        return _MARKS[character]
+    code = ord(character)
+    if code < 0x20:
+        return chr(0x2400 + code)
+    is_control = unicodedata.category(character) in ("Cc", "Cs", "Cf") and character not in _JOINERS
+    return f"[U+{code:04X}]" if character in _STEERING or is_control else character
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cell:
+    """A token: its text, its shade (p1 to p8 above zero, n1 to n8 below, x where it does not count), the
+    activation in words, and whether it is far from the peak.
+    """
+
+    text: str
+    shade: str
+    value: str
+    far: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Excerpt:
+    """An exemplar, ready to be laid out."""
+
+    kind: str
+    exemplar: Exemplar
+    cells: Sequence[Cell]
+    peak: str
+
+    @property
+    def name(self) -> str:
+        """What a link calls it."""
+        return f"{self.kind}-{self.exemplar.rank}"
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether there is more than what is near the peak."""
+        return any(cell.far for cell in self.cells)
+
+    @property
+    def document(self) -> str:
+        """The document's hash."""
+        return f"{self.exemplar.document & (2**64 - 1):016x}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """What is shaded most strongly: the highest and the lowest activation, at least 0 and at most 0."""
+
+    highest: float
+    lowest: float
+
+    @classmethod
+    def of(cls, exemplars: Mapping[str, Sequence[Exemplar]]) -> "Scale":
+        """The scale of all exemplars of a neuron."""
+        found = [e.activations for several in exemplars.values() for e in several if len(e.activations)]
+        if not found:
+            return cls(0.0, 0.0)
+        acts_N = np.concatenate(found)
+        acts_N = acts_N[np.isfinite(acts_N)]
+        return cls(float(acts_N.max(initial=0.0)), float(acts_N.min(initial=0.0)))
+
+    def shade(self, activation: float) -> str:
+        """A token's shade."""
+        if not np.isfinite(activation):
+            return "x"
+        end = self.highest if activation > 0 else self.lowest
+        step = min(round(STEPS * activation / end), STEPS) if end else 0
+        return f"{'p' if activation > 0 else 'n'}{step}" if step else ""
+
+
+def cells_of(
+    texts: Sequence[str],
+    acts_T: Float[np.ndarray, "T"],
+    scale: Scale,
+    near: range | None = None,
+    *,
+    says: Callable[[float], str] = "{:.4g}".format,
+) -> list[Cell]:
+    """Tokens with their shades; those outside `near` are far. `says` puts a value into words."""
+    return [
+        Cell(
+            visible(text, longest=LONGEST_TOKEN),
+            scale.shade(activation),
+            "does not count" if np.isnan(activation) else says(activation),
+            near is not None and at not in near,
+        )
+        for at, (text, activation) in enumerate(zip(texts, acts_T.tolist(), strict=True))
+    ]
+
+
+def peak_of(exemplar: Exemplar, kind: str) -> int:
+    """The place of the token that the exemplar is about; 0 where no token counts."""
+    acts_T = exemplar.activations
+    if not len(acts_T) or np.isnan(acts_T).all():
+        return 0
+    if kind == "min":
+        return int(np.nanargmin(acts_T))
+    return int(np.nanargmax(np.abs(acts_T) if kind == "random" else acts_T))
+
+
+def excerpt_of(exemplar: Exemplar, kind: str, scale: Scale) -> Excerpt:
+    """An exemplar with its shades, of which what is near the peak is shown at first."""
+    peak = peak_of(exemplar, kind)
+    near = range(max(0, peak - _BEFORE), peak + _AFTER + 1)
+    acts_T = exemplar.activations
+    value = float(acts_T[peak]) if len(acts_T) else float("nan")
+    return Excerpt(
+        kind=kind,
+        exemplar=exemplar,
+        cells=cells_of(exemplar.token_strings, acts_T, scale, near),
+        peak="-" if np.isnan(value) else f"{value:.4g}",
+    )
