@@ -385,7 +385,7 @@ class Split:
         Activations are not read where no neuron has a sequence; they are NaN there.
         """
         at = (place, neurons) if expert is None else (place, expert, neurons)
-        group = schema.group_of(kind)
+        group, ranks = schema.group_of(kind), min(ranks, self.rank_count(kind))
         sequences, activations = (self._array(f"{group}/{name}")[at] for name in ("sequence", "activation"))
         (sequence_FR,) = self.store._files.read(sequences[:, :ranks])
         if (sequence_FR < 0).all():

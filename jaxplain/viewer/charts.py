@@ -116,7 +116,7 @@ def edges_of(values_N: Shaped[np.ndarray, "N"]) -> list[float]:
     """Bins of equal ratios that reach from the lowest to nearly the highest of positive values."""
     values_N = values_N[np.isfinite(values_N) & (values_N > 0)]
     if not len(values_N):
-        return even_edges(0, 1)
+        return even_edges(0.0, 1.0)
     low, high = (float(np.quantile(values_N, level)) for level in (0.0, 0.999))
     high = max(high, low * 1.1)
     edges = [float(f"{low * (high / low) ** (i / _BINS):.3g}") for i in range(_BINS + 1)]

@@ -1,11 +1,13 @@
 """Exemplars as pages show them: tokens with a shade each, and no character that could do anything else."""
 
 import dataclasses
+import html
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
+from markupsafe import Markup
 
 from jaxplain.store.exemplar import Exemplar
 
@@ -47,36 +49,20 @@ def _sign(character: str) -> str:
     return f"[U+{code:04X}]" if character in _STEERING or is_control else character
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Cell:
-    """A token: its text, its shade (p1 to p8 above zero, n1 to n8 below, x where it does not count), the
-    activation in words, and whether it is far from the peak.
-    """
-
-    text: str
-    shade: str
-    value: str
-    far: bool
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Excerpt:
-    """An exemplar, ready to be laid out."""
+    """An exemplar, ready to be laid out; `is_cut` where some of it is far from the peak."""
 
     kind: str
     exemplar: Exemplar
-    cells: Sequence[Cell]
+    html: Markup
+    is_cut: bool
     peak: str
 
     @property
     def name(self) -> str:
         """What a link calls it."""
         return f"{self.kind}-{self.exemplar.rank}"
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether there is more than what is near the peak."""
-        return any(cell.far for cell in self.cells)
 
     @property
     def document(self) -> str:
@@ -101,33 +87,38 @@ class Scale:
         acts_N = acts_N[np.isfinite(acts_N)]
         return cls(float(acts_N.max(initial=0.0)), float(acts_N.min(initial=0.0)))
 
-    def shade(self, activation: float) -> str:
-        """A token's shade."""
-        if not np.isfinite(activation):
-            return "x"
-        end = self.highest if activation > 0 else self.lowest
-        step = min(round(STEPS * activation / end), STEPS) if end else 0
-        return f"{'p' if activation > 0 else 'n'}{step}" if step else ""
+    def shades(self, acts_T: Float[np.ndarray, "T"]) -> list[str]:
+        """The shades of tokens: p1 to p8 above 0, n1 to n8 below, none near it, x for what does not count."""
+        end_T = np.where(acts_T > 0, self.highest, -self.lowest)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            step_T = np.rint(STEPS * acts_T / end_T)
+        step_T = np.where(np.isfinite(acts_T), np.nan_to_num(step_T), STEPS + 1)
+        return [_SHADES[step] for step in np.clip(step_T, -STEPS, STEPS + 1).astype(int).tolist()]
 
 
-def cells_of(
+_SHADES = {step: f"{'p' if step > 0 else 'n'}{abs(step)}" for step in range(-STEPS, STEPS + 1)}
+_SHADES |= {0: "", STEPS + 1: "x"}
+
+
+def shaded(
     texts: Sequence[str],
     acts_T: Float[np.ndarray, "T"],
     scale: Scale,
     near: range | None = None,
     *,
     says: Callable[[float], str] = "{:.4g}".format,
-) -> list[Cell]:
-    """Tokens with their shades; those outside `near` are far. `says` puts a value into words."""
-    return [
-        Cell(
-            visible(text, longest=LONGEST_TOKEN),
-            scale.shade(activation),
-            "does not count" if np.isnan(activation) else says(activation),
-            near is not None and at not in near,
-        )
-        for at, (text, activation) in enumerate(zip(texts, acts_T.tolist(), strict=True))
-    ]
+) -> Markup:
+    """Tokens as HTML, with their shades and values; those outside `near` are far.
+
+    `says` puts a value into words. (There are thousands on a page, for which a template is too slow.)
+    """
+    spans = []
+    for at, (text, shade, value) in enumerate(zip(texts, scale.shades(acts_T), acts_T.tolist(), strict=True)):
+        classes = f"{shade} far" if near is not None and at not in near else shade
+        title = "does not count" if value != value else html.escape(says(value))
+        shown = html.escape(visible(text, longest=LONGEST_TOKEN))
+        spans.append(f'<span class="{classes}" title="{title}">{shown}</span>')
+    return Markup("".join(spans))
 
 
 def peak_of(exemplar: Exemplar, kind: str) -> int:
@@ -149,6 +140,7 @@ def excerpt_of(exemplar: Exemplar, kind: str, scale: Scale) -> Excerpt:
     return Excerpt(
         kind=kind,
         exemplar=exemplar,
-        cells=cells_of(exemplar.token_strings, acts_T, scale, near),
+        html=shaded(exemplar.token_strings, acts_T, scale, near),
+        is_cut=near.start > 0 or near.stop < len(acts_T),
         peak="-" if np.isnan(value) else f"{value:.4g}",
     )

@@ -9,6 +9,7 @@ from importlib import resources
 from typing import Any
 
 import jinja2
+from markupsafe import escape
 
 from jaxplain import __version__
 from jaxplain.errors import JaxplainError
@@ -17,7 +18,7 @@ from jaxplain.store.exemplar import Exemplar
 from jaxplain.store.neuron_id import NeuronId
 from jaxplain.store.reader import Neuron
 from jaxplain.viewer.charts import HEIGHT, WIDTH, Bar, Distribution, distribution, edges_of, even_edges
-from jaxplain.viewer.excerpts import Cell, Scale, cells_of, excerpt_of, visible, visible_lines
+from jaxplain.viewer.excerpts import Scale, excerpt_of, shaded, visible, visible_lines
 from jaxplain.viewer.explained import Explained, explained
 from jaxplain.viewer.searching import BY_NEURON, BY_RELEVANCE, RANGES, Query, Range, Result
 from jaxplain.viewer.site import Site
@@ -28,8 +29,8 @@ SHOWN = 20
 STRIPS = 4
 _SCORES_DRAWN = 8
 _TITLES = {
-    "max": "Strongest",
-    "min": "Weakest",
+    "max": "Highest",
+    "min": "Lowest",
     "random": "Random",
     "quantile": "By quantile",
 }
@@ -40,7 +41,7 @@ def asset(name: str) -> str:
     return (resources.files("jaxplain.viewer") / "assets" / name).read_text(encoding="utf-8")
 
 
-def number(value: float | None) -> str:
+def number(value: int | float | None) -> str:
     """A number in few digits; a dash for none."""
     if value is None or math.isnan(value):
         return "-"
@@ -93,8 +94,8 @@ class Strip:
     """A sequence with its real activations, and those of simulators by name; or why there are none."""
 
     sequence: int
-    real: Sequence[Cell]
-    simulated: Mapping[str, Sequence[Cell] | str]
+    real: str
+    simulated: Mapping[str, str]
 
 
 class Pages:
@@ -144,14 +145,14 @@ class Pages:
         catalogue = self.site.catalogue(split)
         layer_N = catalogue.name_NA[:, 0]
         headlines = [column for column in self.site.score_columns() if column.is_headline][:_SCORES_DRAWN]
-        edges: Mapping[str, list[float]] = {"fraction_active": even_edges(0, 1)}
+        edges: Mapping[str, list[float]] = {"fraction_active": even_edges(0.0, 1.0)}
         labels = {column.name: column.label for column in headlines}
         for name in ("fraction_active", "kurtosis"):
             labels[name] = catalogue.labels[name]
         for name, label in labels.items():
             values_N = self.site.column(split, name)
             score = name.startswith("score|")
-            bins = edges.get(name) or (even_edges(-1, 1) if score else edges_of(values_N))
+            bins = edges.get(name) or (even_edges(-1.0, 1.0) if score else edges_of(values_N))
             # Of several simulators, one is shown by layers.
             by_layer = not score or name == headlines[0].name
             yield distribution(name, label, values_N, layer_N, edges=bins, by_layer=by_layer)
@@ -196,7 +197,9 @@ class Pages:
             result=result,
             ranges=[*ranges, *[("", "", "")] * (RANGES - len(ranges))],
             labels=self.site.labels(query.split),
-            sorts=[(BY_NEURON, "layer and number"), (BY_RELEVANCE, "relevance of the words")],
+            sorts=[(BY_NEURON, "layer and number")]
+            # Files are not searched by a database, which knows how well words match.
+            + ([] if self._is_static else [(BY_RELEVANCE, "relevance of the words")]),
             has_experts=self.site.catalogue(query.split).split.experts is not None,
             has_index=self._is_static or self.site.peaks is not None,
         )
@@ -265,13 +268,13 @@ def _strips(
     for sequence in list(dict.fromkeys(s for s in order if s in simulated))[:STRIPS]:
         exemplar = held[sequence]
         texts = exemplar.token_strings
-        lines: dict[str, Sequence[Cell] | str] = {}
+        lines: dict[str, str] = {}
         for name, by_sequence in one.simulations.items():
             found = by_sequence.get(sequence)
             if found is None:
                 continue
             if found.expected is None or len(found.expected) != len(texts):
-                lines[name] = found.detail or "no levels"
+                lines[name] = escape(visible(found.detail or "no levels"))
             else:
-                lines[name] = cells_of(texts, direction * found.expected, levels, says=_level)
-        yield Strip(sequence=sequence, real=cells_of(texts, exemplar.activations, scale), simulated=lines)
+                lines[name] = shaded(texts, direction * found.expected, levels, says=_level)
+        yield Strip(sequence=sequence, real=shaded(texts, exemplar.activations, scale), simulated=lines)

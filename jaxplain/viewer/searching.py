@@ -105,7 +105,7 @@ def query_of(parameters: Iterable[tuple[str, str]], default_split: str) -> Query
         layer=_whole("layer", one("layer")),
         expert=_whole("expert", one("expert")),
         index=_whole("index", one("index")),
-        ranges=ranges[:RANGES],
+        ranges=tuple(ranges[:RANGES]),
         sort=one("sort"),
         descending=one("order") != "up",
         page=max(1, _whole("page", one("page")) or 1),
@@ -169,10 +169,11 @@ def search(site: Site, query: Query) -> Result:
             raise JaxplainError(f"{name!r} is neither a statistic nor a score that there is.")
 
     kept_N = np.ones(len(catalogue), bool)
-    names = [("layer", 0), ("index", -1)] + ([("expert", 1)] if catalogue.name_NA.shape[1] == 3 else [])
-    for name, axis in names:
+    has_experts = catalogue.split.experts is not None
+    for name, axis in (("layer", 0), ("expert", 1), ("index", -1)):
         if (value := getattr(query, name)) is not None:
-            kept_N &= catalogue.name_NA[:, axis] == value
+            is_there = has_experts or name != "expert"
+            kept_N &= (catalogue.name_NA[:, axis] == value) & is_there
     for one in query.ranges:
         kept_N &= in_range(site.column(query.split, one.column), one.low, one.high)
     note = None
@@ -196,15 +197,15 @@ def search(site: Site, query: Query) -> Result:
                 kept_N[:] = False
             else:
                 kept_N &= _peaks_like(site, query)
-        order_M = _order(site, query, kept_N, found_M)
-        pages = max(1, math.ceil(len(order_M) / PAGE))
-        shown = order_M[(query.page - 1) * PAGE : query.page * PAGE]
+        order_P = _order(site, query, kept_N, found_M)
+        pages = max(1, math.ceil(len(order_P) / PAGE))
+        shown = order_P[(query.page - 1) * PAGE : query.page * PAGE]
         defaults = [name for name in ("mean", "fraction_active", "kurtosis") if name in labels]
         scores = [column.name for column in site.score_columns() if column.is_headline][:1]
         columns = {name: labels[name] for name in dict.fromkeys([*scores, *asked, *defaults])}
         values = {name: site.column(query.split, name) for name in columns}
         return Result(
-            total=len(order_M),
+            total=len(order_P),
             pages=pages,
             columns=columns,
             note=note,
@@ -234,7 +235,7 @@ def _peaks_like(site: Site, query: Query) -> np.ndarray:
 
 def _order(
     site: Site, query: Query, kept_N: np.ndarray, found_M: Int[np.ndarray, "M"] | None
-) -> Int[np.ndarray, "M"]:
+) -> Int[np.ndarray, "P"]:
     rows_M = np.flatnonzero(kept_N)
     sort = query.sort or (BY_RELEVANCE if found_M is not None else BY_NEURON)
     if sort == BY_NEURON:
