@@ -67,7 +67,10 @@ def distribution(
     edges: Sequence[float],
     by_layer: bool = True,
 ) -> Distribution:
-    """Histograms with the bins between `edges`; values beyond them count in the outermost."""
+    """Histograms with the bins between `edges`; values beyond them count in the outermost.
+
+    Neurons come in the order of their layers.
+    """
     values_N = values_N.astype(np.float64)
     known_N = ~np.isnan(values_N)
     values_N, layer_N = values_N[known_N], layer_N[known_N]
@@ -75,7 +78,8 @@ def distribution(
     bin_N = np.clip(np.searchsorted(edges, values_N, side="right") - 1, 0, bins - 1)
 
     def histogram(layer: int | None) -> Histogram:
-        of_layer = slice(None) if layer is None else layer_N == layer
+        ends = (0, len(layer_N)) if layer is None else np.searchsorted(layer_N, [layer, layer + 1])
+        of_layer = slice(*ends)
         counts = np.bincount(bin_N[of_layer], minlength=bins).tolist()
         most = max(counts, default=0)
         width = WIDTH / bins

@@ -131,10 +131,15 @@ def peak_of(exemplar: Exemplar, kind: str) -> int:
     return int(np.nanargmax(np.abs(acts_T) if kind == "random" else acts_T))
 
 
+def near_peak(exemplar: Exemplar, kind: str) -> range:
+    """The tokens that are shown at first."""
+    peak = peak_of(exemplar, kind)
+    return range(max(0, peak - _BEFORE), peak + _AFTER + 1)
+
+
 def excerpt_of(exemplar: Exemplar, kind: str, scale: Scale) -> Excerpt:
     """An exemplar with its shades, of which what is near the peak is shown at first."""
-    peak = peak_of(exemplar, kind)
-    near = range(max(0, peak - _BEFORE), peak + _AFTER + 1)
+    peak, near = peak_of(exemplar, kind), near_peak(exemplar, kind)
     acts_T = exemplar.activations
     value = float(acts_T[peak]) if len(acts_T) else float("nan")
     return Excerpt(

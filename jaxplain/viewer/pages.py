@@ -9,6 +9,7 @@ from importlib import resources
 from typing import Any
 
 import jinja2
+import numpy as np
 from markupsafe import escape
 
 from jaxplain import __version__
@@ -18,7 +19,7 @@ from jaxplain.store.exemplar import Exemplar
 from jaxplain.store.neuron_id import NeuronId
 from jaxplain.store.reader import Neuron
 from jaxplain.viewer.charts import HEIGHT, WIDTH, Bar, Distribution, distribution, edges_of, even_edges
-from jaxplain.viewer.excerpts import Scale, excerpt_of, shaded, visible, visible_lines
+from jaxplain.viewer.excerpts import Scale, excerpt_of, near_peak, shaded, visible, visible_lines
 from jaxplain.viewer.explained import Explained, explained
 from jaxplain.viewer.searching import BY_NEURON, BY_RELEVANCE, RANGES, Query, Range, Result
 from jaxplain.viewer.site import Site
@@ -26,7 +27,7 @@ from jaxplain.viewer.site import Site
 SHOWN = 20
 """Exemplars of a kind on a neuron's page, unless more are asked for."""
 
-STRIPS = 4
+STRIPS = 3
 _SCORES_DRAWN = 8
 _TITLES = {
     "max": "Highest",
@@ -103,6 +104,9 @@ class Pages:
 
     def __init__(self, site: Site, *, is_static: bool = False, shown: int = SHOWN):
         self.site, self._is_static, self._shown = site, is_static, shown
+        for template in _TEMPLATES.list_templates():
+            _TEMPLATES.get_template(template)  # once, and before anyone waits for a page
+        self._drawn: dict[tuple[str, str], tuple[np.ndarray, Distribution]] = {}
 
     def _render(self, template: str, root: str, split: str, **values: Any) -> str:
         store = self.site.store
@@ -151,11 +155,17 @@ class Pages:
             labels[name] = catalogue.labels[name]
         for name, label in labels.items():
             values_N = self.site.column(split, name)
+            before = self._drawn.get((split, name))
+            if before is not None and before[0] is values_N:
+                yield before[1]
+                continue
             score = name.startswith("score|")
             bins = edges.get(name) or (even_edges(-1.0, 1.0) if score else edges_of(values_N))
             # Of several simulators, one is shown by layers.
             by_layer = not score or name == headlines[0].name
-            yield distribution(name, label, values_N, layer_N, edges=bins, by_layer=by_layer)
+            drawn = distribution(name, label, values_N, layer_N, edges=bins, by_layer=by_layer)
+            self._drawn[split, name] = (values_N, drawn)
+            yield drawn
 
     def neuron(self, split: str, neuron: NeuronId, *, root: str, shown: int | None = None) -> str:
         """One neuron. Raises JaxplainError where the store does not hold it."""
@@ -267,7 +277,7 @@ def _strips(
     direction = 1 if sign == "max" else -1
     for sequence in list(dict.fromkeys(s for s in order if s in simulated))[:STRIPS]:
         exemplar = held[sequence]
-        texts = exemplar.token_strings
+        texts, near = exemplar.token_strings, near_peak(exemplar, sign)
         lines: dict[str, str] = {}
         for name, by_sequence in one.simulations.items():
             found = by_sequence.get(sequence)
@@ -276,5 +286,5 @@ def _strips(
             if found.expected is None or len(found.expected) != len(texts):
                 lines[name] = escape(visible(found.detail or "no levels"))
             else:
-                lines[name] = shaded(texts, direction * found.expected, levels, says=_level)
-        yield Strip(sequence=sequence, real=shaded(texts, exemplar.activations, scale), simulated=lines)
+                lines[name] = shaded(texts, direction * found.expected, levels, near, says=_level)
+        yield Strip(sequence=sequence, real=shaded(texts, exemplar.activations, scale, near), simulated=lines)

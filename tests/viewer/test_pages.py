@@ -4,9 +4,12 @@ import re
 
 import numpy as np
 import pytest
+from starlette.testclient import TestClient
 
 import jaxplain
+from jaxplain.viewer.app import make_app
 from jaxplain.viewer.excerpts import LONGEST_TOKEN
+from jaxplain.viewer.site import Site
 from tests.viewer import runs
 from tests.viewer.conftest import client_of
 from tests.viewer.reading import assert_harmless, parse
@@ -112,7 +115,7 @@ def test_real_against_simulated(client, run, index, kind, letter):
     levels = np.linspace(0, 10, len(held[0].tokens)).astype(np.float16)
     titles = [c.attributes["title"] for c in simulated.all("span")]
     assert titles == [f"level {level:.3g}" for level in levels.tolist()]
-    assert simulated.all("span")[-1].classes == {f"{letter}8"}
+    assert simulated.all("span")[-1].classes - {"far"} == {f"{letter}8"}
     assert first.all("b")[1].text == "sim <b>"
     assert second.all("div", class_="text")[1].text == "the reply <b>broke</b> off"
 
@@ -182,7 +185,9 @@ PAGES = ["/", "/overview/valid.html", "/search.html", "/search.html?words=say", 
 def test_hostile_text_stays_text(client, path):
     found = page(client, path)
     assert {s.attributes["src"].split("/")[-1] for s in found.all("script")} == {"view.js"}
-    assert found.all("b") == [b for b in found.all("b") if b.text in ("all", "real", "0.75", "-", "sim <b>")]
+    assert found.all("b") == [
+        b for b in found.all("b") if b.text in ("all", "real  whole", "0.75", "-", "sim <b>")
+    ]
 
 
 def test_hostile_tokens_are_shown_as_they_are(client):
@@ -251,6 +256,16 @@ def test_a_store_without_explanations(tmp_path):
     assert "python -m jaxplain.explain makes some" in page(client, "/").text
     assert "No explanations of this neuron." in page(client, "/neuron/train/0.1.html").text
     assert "There are no explanations yet" in page(client, "/search.html?words=cat").text
+
+
+def test_a_store_that_says_little_of_itself(run):
+    store = jaxplain.open_store(run)
+    store.attributes["subject"] = {"id": "made-up"}
+    for block in ("corpus", "statistics"):
+        store.attributes["config"].pop(block)
+    client = TestClient(make_app(Site(store)), base_url="http://localhost")
+    assert page(client, "/").one("h1").text == "made-up"
+    assert page(client, "/neuron/train/0.1.html").all("li")
 
 
 def test_explanations_of_another_store(tmp_path, run):
