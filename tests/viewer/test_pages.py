@@ -7,6 +7,7 @@ import pytest
 from starlette.testclient import TestClient
 
 import jaxplain
+from jaxplain.store.explanations import Sample, open_explanations
 from jaxplain.viewer.app import make_app
 from jaxplain.viewer.excerpts import LONGEST_TOKEN
 from jaxplain.viewer.site import Site
@@ -209,7 +210,7 @@ def test_a_long_hostile_explanation(client):
 
 
 def test_pages_stay_small_whatever_tokens_there_are(client):
-    assert max(len(client.get(f"/neuron/train/{n[0]}.{n[1]}.html").text) for n in runs.neurons()) < 500_000
+    assert max(len(client.get(f"/neuron/train/{n[0]}.{n[1]}.html").text) for n in runs.neurons()) < 120_000
 
 
 @pytest.mark.parametrize(
@@ -285,3 +286,10 @@ def test_new_explanations_and_scores_appear(tmp_path):
     runs.write_explanations(tmp_path / "exemplars.zarr")
     assert "correlation by sim" in page(client, "/").text
     assert page(client, "/neuron/train/0.1.html").all("article")
+    fingerprint = jaxplain.open_store(tmp_path).fingerprint
+    path = tmp_path / "explanations.sqlite"
+    with open_explanations(path, fingerprint=fingerprint, subject="made-up") as database:
+        one = Sample(sign="max", sample=0, status="explained", text="new")
+        database.finish(1, runs.neurons()[6], [one])
+    assert re.search(r"model '\", <i>style</i>\s*4 explained", page(client, "/").text)
+    assert re.search(r"gemini, <i>style</i>\s*1 explained", page(client, "/").text)
