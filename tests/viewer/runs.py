@@ -63,11 +63,12 @@ def tokens():
     return token_NT
 
 
-def write_store(path, *, experts=None, splits=("train", "valid"), corpora=CORPORA):
-    """A store of both splits, which hold the same; gives its path."""
+def write_store(path, *, experts=None, splits=("train", "valid"), corpora=CORPORA, strata=()):
+    """A store of both splits, which hold the same; with `strata` of kind quantile too. Gives its path."""
+    kinds = [*KINDS, *(["quantile"] if strata else [])]
     config = {
         "corpus": {"sources": [{"weight": 0.5}, {"weight": 0.5}]},
-        "exemplars": {"splits": list(splits), "kinds": list(KINDS), "k": K},
+        "exemplars": {"splits": list(splits), "kinds": kinds, "k": K},
         "statistics": {"quantiles": list(LEVELS), "active_above": 0.0},
     }
     subject = {"id": "made-up <b>model</b>", "revision": None, "weight_hash": "abc"}
@@ -87,7 +88,9 @@ def write_store(path, *, experts=None, splits=("train", "valid"), corpora=CORPOR
             split,
             layers=LAYERS,
             neurons=NEURONS,
-            kinds=KINDS,
+            kinds=kinds,
+            strata=strata,
+            samples_per_quantile=2,
             k=K,
             tokens=TOKENS,
             activation_dtype="float16",
@@ -96,20 +99,26 @@ def write_store(path, *, experts=None, splits=("train", "valid"), corpora=CORPOR
             shared=None if experts is None else np.ones((len(LAYERS), len(experts)), bool),
         )
         for place, layer in enumerate(LAYERS):
-            _write_layer(out, place, int(layer), token_NT, 1 if experts is None else len(experts))
+            _write_layer(out, place, int(layer), token_NT, 1 if experts is None else len(experts), kinds)
     writer.finish()
     return path
 
 
-def _write_layer(out, place, layer, token_NT, experts):
+def _write_layer(out, place, layer, token_NT, experts, kinds):
     acts_NTF = np.where(token_NT[..., None] >= 0, activations(place, experts=experts), np.float16(np.nan))
     columns = np.array([c for c in range(acts_NTF.shape[2]) if (layer, NEURONS[c % len(NEURONS)]) != (3, 7)])
-    for kind in KINDS:
-        priority_NF = {"max": -np.nanmax(acts_NTF, 1), "min": np.nanmin(acts_NTF, 1)}.get(kind)
+    for kind in kinds:
+        priority_NF = {
+            "quantile": -np.nanmax(acts_NTF, 1),
+            "max": -np.nanmax(acts_NTF, 1),
+            "min": np.nanmin(acts_NTF, 1),
+        }.get(kind)
         if priority_NF is None:
             priority_NF = np.random.default_rng(SEED).random((SEQUENCES, 1)).repeat(acts_NTF.shape[2], 1)
         sequence_FR = np.argsort(priority_NF, axis=0, kind="stable")[:K].T[columns]
-        score_FR = np.take_along_axis(priority_NF.T[columns], sequence_FR, 1) * (-1 if kind == "max" else 1)
+        score_FR = np.take_along_axis(priority_NF.T[columns], sequence_FR, 1) * (
+            -1 if kind in ("max", "quantile") else 1
+        )
         out.write_exemplars(
             kind,
             place,
@@ -117,6 +126,7 @@ def _write_layer(out, place, layer, token_NT, experts):
             score_NR=score_FR.astype(np.float32),
             sequence_NR=sequence_FR.astype(np.int32),
             activation_NRT=acts_NTF[sequence_FR, :, columns[:, None]],
+            stratum_NR=np.tile([1, 1, 0, 0], (len(columns), 1)) if kind == "quantile" else None,
         )
     values = statistics(place, experts=experts)
     out.write_statistics(place, columns, **{name: array[columns] for name, array in values.items()})

@@ -259,6 +259,15 @@ def test_a_store_without_explanations(tmp_path):
     assert "There are no explanations yet" in page(client, "/search.html?words=cat").text
 
 
+def test_exemplars_of_strata(tmp_path):
+    runs.write_store(tmp_path / "exemplars.zarr", strata=(0.75,))
+    found = page(client_of(tmp_path), "/neuron/train/0.1.html")
+    lines = [one.one("div", class_="from").text for one in exemplars(found, "quantile")]
+    assert ["from 0.75 to 1 of all sequences" in line for line in lines] == [True, True, False, False]
+    assert ["from 0 to 0.75 of all sequences" in line for line in lines] == [False, False, True, True]
+    assert "of all sequences" not in found.one("section", id="max").text
+
+
 def test_a_store_that_says_little_of_itself(run):
     store = jaxplain.open_store(run)
     store.attributes["subject"] = {"id": "made-up"}
