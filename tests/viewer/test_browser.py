@@ -196,7 +196,9 @@ def test_arrow_keys_go_to_the_neighbours(browser, site):
 
 
 def found(browser):
-    return [a.get_attribute("href").split("/")[-1] for a in css(browser, "#results tbody td:first-child a")]
+    """The files of the neurons found; in one step, since the page may be on its way to another."""
+    links = "document.querySelectorAll('#results tbody td:first-child a')"
+    return browser.execute_script(f"return [...{links}].map((a) => a.href.split('/').at(-1))")
 
 
 def test_search_by_hand(browser, site):
