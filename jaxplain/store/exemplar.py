@@ -50,6 +50,19 @@ class Exemplar:
         """The whole sequence as text."""
         return self.vocabulary.text(self.tokens)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return Exemplars([self])._repr_html_()
+
+
+class Exemplars(list[Exemplar]):
+    """Exemplars, strongest first. A list that notebooks show as excerpts."""
+
+    def _repr_html_(self) -> str:
+        from jaxplain.viewer.notebook import exemplars_html  # only where a notebook asks for it
+
+        return exemplars_html(self)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NeuronStatistics:

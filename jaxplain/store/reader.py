@@ -19,11 +19,11 @@ from urllib.parse import unquote
 
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxplain.errors import JaxplainError
 from jaxplain.store import schema
-from jaxplain.store.exemplar import Exemplar, NeuronStatistics, Vocabulary
+from jaxplain.store.exemplar import Exemplar, Exemplars, NeuronStatistics, Vocabulary
 from jaxplain.store.explanations import (
     DATABASE_NAME,
     Explanation,
@@ -56,6 +56,12 @@ class Neuron:
     def __repr__(self) -> str:
         expert = "" if self.expert is None else f"expert={self.expert}, "
         return f"Neuron(layer={self.layer}, {expert}index={self.index}, split={self.split.name!r})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from jaxplain.viewer.notebook import neuron_html  # only where a notebook asks for it
+
+        return neuron_html(self)
 
     @property
     def is_shared(self) -> bool:
@@ -163,7 +169,7 @@ class Neuron:
             if token >= 0
         ][:limit]
 
-    def exemplars(self, kind: str = "max", *, limit: int | None = None) -> list[Exemplar]:
+    def exemplars(self, kind: str = "max", *, limit: int | None = None) -> Exemplars:
         """The sequences kept for a kind, strongest first, at most `limit` of them.
 
         Raises JaxplainError for a kind that the store does not hold.
@@ -196,7 +202,7 @@ class Neuron:
                     vocabulary=vocabulary,
                 )
             )
-        return found
+        return Exemplars(found)
 
     def explanations(self, path: str | Path | None = None) -> list[Explanation]:
         """The neuron's explanations, by sign, recipe and sample; none where there are none yet.
@@ -294,6 +300,16 @@ class Split:
         """How many sequences were seen."""
         return self._array("sequences/token").shape[0]
 
+    @property
+    def sequence_length(self) -> int:
+        """How many tokens the longest can have."""
+        return self._array("sequences/token").shape[1]
+
+    def rank_count(self, kind: str) -> int:
+        """How many exemplars of a kind a neuron can have."""
+        self._check_kind(kind)
+        return self._array(f"{schema.group_of(kind)}/score").shape[-1]
+
     def neuron(self, layer: int, index: int, *, expert: int | None = None) -> Neuron:
         """One neuron, of an expert where the subject is a mixture of experts.
 
@@ -362,6 +378,30 @@ class Split:
         """How large a neuron's activations of a kind are, uncompressed."""
         array = self._array(f"{schema.group_of(kind)}/activation")
         return math.prod(array.shape[-2:]) * array.dtype.numpy_dtype.itemsize
+
+    def whole_array(self, name: str, *, last: int | None = None) -> np.ndarray:
+        """All values of an array such as "stats/mean", or those at one place of its last axis."""
+        array = self._array(name)
+        return self.store._files.read(array if last is None else array[..., last])[0]
+
+    def peak_arrays(
+        self, place: int, kind: str, neurons: slice, ranks: int, *, expert: int | None = None
+    ) -> tuple[Int[np.ndarray, "F R"], Float[np.ndarray, "F R T"]]:
+        """Sequences and activations of the first ranks of some neurons of a layer or, by its place, expert.
+
+        Activations are not read where no neuron has a sequence; they are NaN there.
+        """
+        at = (place, neurons) if expert is None else (place, expert, neurons)
+        group, ranks = schema.group_of(kind), min(ranks, self.rank_count(kind))
+        sequences, activations = (self._array(f"{group}/{name}")[at] for name in ("sequence", "activation"))
+        (sequence_FR,) = self.store._files.read(sequences[:, :ranks])
+        if (sequence_FR < 0).all():
+            return sequence_FR, np.full((*sequence_FR.shape, activations.shape[-1]), np.nan, np.float16)
+        return sequence_FR, self.store._files.read(activations[:, :ranks])[0]
+
+    def tokens(self, rows: Int[np.ndarray, "N"]) -> Int[np.ndarray, "N T"]:
+        """Rows of the token table by number; -1 is padding."""
+        return self.store._files.read(self._array("sequences/token")[rows])[0]
 
     def to_xarray(self) -> "xarray.DataTree":
         """The split as an xarray DataTree of lazily read arrays, in the store's own structure."""
