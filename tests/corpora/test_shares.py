@@ -186,7 +186,7 @@ def test_no_process_runs_far_ahead():
     taken = []
 
     def items():
-        for item in range(10**6):
+        for item in range(5000):
             taken.append(item)
             yield item
 
@@ -195,8 +195,6 @@ def test_no_process_runs_far_ahead():
         assert next(results) == (0, 0)
         assert len(taken) == 3 * AHEAD
         assert next(results) == (1, 1)
-        assert len(taken) == 3 * AHEAD + 1
-        results.close()
         assert len(taken) == 3 * AHEAD + 1
     assert sum("asked" in name for name in mailbox.names) == 2 * AHEAD
 

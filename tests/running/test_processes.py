@@ -10,10 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 import jaxplain
 from jaxplain.corpora.records import row_blocks
+from jaxplain.processes import first_works
+from jaxplain.stopping import StopRequest
 from tests import tiny
 from tests.running import runs
 
@@ -267,6 +271,22 @@ def test_each_process_has_workers_and_the_death_of_one_ends_all(config, large_co
     assert err[0].startswith("error: one of the processes that tokenise the corpus died")
     assert err[0].count("\n") == 1
     assert err[1] == ""
+
+
+def test_an_error_that_nobody_expected_in_a_share_ends_its_process(monkeypatch):
+    """All others learn of it by the end of this process."""
+    seen = []
+
+    def others(over):
+        seen.append(over)
+        raise OSError("a disk is gone")
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr("jaxplain.processes.exchange", lambda values: np.zeros((2, 2), np.int32))
+    with pytest.raises(OSError, match="a disk is gone"), StopRequest() as stop:
+        first_works(pytest.fail, stop, "", others=others)
+    assert seen[0].is_set()
 
 
 REFUSES = (
