@@ -121,6 +121,7 @@ class Checkpoints:
 
         Raises JaxplainError where there are checkpoints, and none can be read.
         """
+        self.wait()  # or the one that is being written is taken for damaged
         damaged: dict[int, str] = {}
         for step in reversed(self.steps):
             found, problem = None, ""

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import shlex
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ import jaxplain
 from jaxplain.commands import add_count, add_flag, config_parser, parse_config, run
 from jaxplain.configs.distributed import DistributedConfig
 from jaxplain.configs.extraction import CorpusConfig, ExtractConfig, recorded
+from jaxplain.corpora.shares import help_first, shared_out
 from jaxplain.corpora.sources import Source, open_source
 from jaxplain.corpora.tokens import TokenTable, write_token_table
 from jaxplain.corpora.windows import prefix_of, reading, sequences_to_cut, windows_of_split
-from jaxplain.corpora.workers import Work, open_workers, worker_count
+from jaxplain.corpora.workers import Work, cores_of_process, open_workers, worker_count
 from jaxplain.distributed import join
 from jaxplain.errors import JaxplainError
 from jaxplain.exemplars.extraction import Extraction
@@ -31,6 +33,7 @@ from jaxplain.exemplars.token_sums import choose_neurons
 from jaxplain.mesh import make_mesh, undivided_width
 from jaxplain.planning.refusal import require_memory
 from jaxplain.processes import (
+    Mail,
     exchange,
     first_works,
     leads,
@@ -38,9 +41,10 @@ from jaxplain.processes import (
     leave_on_errors,
     one_job,
     require_agreement,
+    sharers_of,
     together,
 )
-from jaxplain.progress import hide_bars_of_libraries, progress_bars
+from jaxplain.progress import Progress, hide_bars_of_libraries, progress_bars
 from jaxplain.resuming import require_same
 from jaxplain.stopping import StopRequest
 from jaxplain.store.files import Files
@@ -103,9 +107,12 @@ def extract(config: ExtractConfig, *, overwrite: bool = False, check_parity: int
             attributes = _attributes(config, subject, sources)
             if unfinished is not None:
                 require_same(_decisive(unfinished), _decisive(attributes), config.output)
-        require_agreement(_decisive(attributes) | {"run": recorded(config.run)} | _versions())
+            records = {f"what corpus.sources[{n}] holds": source.sample() for n, source in enumerate(sources)}
+        require_agreement(_decisive(attributes) | {"run": recorded(config.run)} | _versions() | records)
         sequences = sequences_to_cut(sources, config.corpus, splits=len(config.exemplars.splits))
-        workers = worker_count(config.run.input_workers, sequences=sequences) if leads() else 0
+        workers = worker_count(
+            config.run.input_workers, sequences=sequences, sharers=sharers_of(cores_of_process())
+        )
         # They start while the weights load.
         with open_workers(workers, reading(sources, subject.tokenizer)) as work:
             model = subject.load(mesh, depth=selection.depth, over_data=config.run.shard_weights)
@@ -129,7 +136,7 @@ def extract(config: ExtractConfig, *, overwrite: bool = False, check_parity: int
             )
             writer = _open_writer(path, attributes, unfinished, config, overwrite=overwrite)
             writer.write_vocabulary(token_bytes(subject.tokenizer, subject.arch.vocabulary))
-            seconds = _extract_splits(extraction, writer, sources, subject, work, stop)
+            seconds = _extract_splits(extraction, writer, sources, subject, work, stop, workers=workers)
     writer.finish(seconds=seconds)
     if leads() and (kept := _checkpoint_folder(config)):
         Files(kept).delete_all()
@@ -195,6 +202,8 @@ def _extract_splits(
     subject: Subject,
     work: Work,
     stop: StopRequest,
+    *,
+    workers: int,
 ) -> dict[str, dict[str, float]]:
     """Cut and read each split, but for those that are complete; how many seconds this took."""
     config = extraction.config
@@ -210,19 +219,8 @@ def _extract_splits(
             continue
         table = None
         if not has_sequences:
-            table = first_works(
-                lambda split=split: write_token_table(
-                    writer,
-                    sources,
-                    config.corpus,
-                    split,
-                    subject.tokenizer,
-                    progress,
-                    vocabulary=subject.arch.vocabulary,
-                    work=work,
-                ),
-                stop,
-                f"stopped by SIGTERM: the same command cuts the sequences of {split} again.",
+            table = _write_table(
+                split, writer, sources, config.corpus, subject, progress, work, stop, workers=workers
             )
             if table is not None:
                 _report(split, table, config.corpus)
@@ -241,6 +239,43 @@ def _extract_splits(
         if folder is not None and leads():
             Files(folder).delete_all()
     return seconds
+
+
+def _write_table(
+    split: str,
+    writer: StoreWriter,
+    sources: Sequence[Source],
+    config: CorpusConfig,
+    subject: Subject,
+    progress: Progress,
+    work: Work,
+    stop: StopRequest,
+    *,
+    workers: int,
+) -> TokenTable | None:
+    """Cut a split, by all processes; the first, which writes the table, tells what it wrote."""
+    processes, process = jax.process_count(), jax.process_index()
+    mail = Mail(split)
+
+    def write() -> TokenTable:
+        everyone = work if processes == 1 else shared_out(work, mail, processes=processes, workers=workers)
+        return write_token_table(
+            writer,
+            sources,
+            config,
+            split,
+            subject.tokenizer,
+            progress,
+            vocabulary=subject.arch.vocabulary,
+            work=everyone,
+        )
+
+    def help_write(over: threading.Event) -> None:
+        help_first(work, mail, process=process, workers=workers, over=over)
+        mail.throw_away(str(process))
+
+    message = f"stopped by SIGTERM: the same command cuts the sequences of {split} again."
+    return first_works(write, stop, message, others=help_write)
 
 
 def _checkpoint_folder(config: ExtractConfig) -> str | None:

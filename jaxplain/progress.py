@@ -25,10 +25,10 @@ class Bar(tqdm):
     def format_dict(self) -> dict[str, Any]:
         """What the bar's format may name."""
         values = super().format_dict
-        if self.disable:
+        if values["initial"] is None:  # of a bar that is never shown
             return dict(values)
         values["bar_format"] = _KNOWN if values["total"] and values["n"] <= values["total"] else _UNKNOWN
-        here = values["n"] - (values["initial"] or 0)  # None of a bar that is not shown
+        here = values["n"] - values["initial"]
         per_second = here / values["elapsed"] if values["elapsed"] else 0.0
         return {**values, "pace": self._pace(per_second)}
 

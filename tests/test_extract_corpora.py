@@ -269,6 +269,7 @@ def test_later_fields_are_recorded_only_where_they_are_set():
         "checkpoint_minutes",
         "checkpoint_steps",
         "checkpoint_folder",
+        "check_memory",
     ):
         del everything["run"][name]
     del everything["subject"]["tokenizer"], everything["neurons"]["experts"]

@@ -417,8 +417,9 @@ class RunConfig:
             that is on a local disk, and otherwise nowhere.
         check_memory: Refuse to start where the plan, which is in part an estimate, exceeds the memory.
         input_workers: Processes that tokenise the corpus and cut it into sequences, which are the same for
-            any number of them; 0 does it in the run's own process. By default one per core, 8 at most, for
-            20,000 sequences or more (or documents, where all are read; or a stream of them), otherwise 0.
+            any number of them; 0 does it in the run's own process. Each process of a run of several has so
+            many. By default one per core, 8 at most, for 20,000 sequences or more (or documents, where all
+            are read; or a stream of them), otherwise 0.
         progress: Show progress bars.
     """
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -17,6 +18,8 @@ from jaxplain.corpora.loading import explain_failure, load_records, no_documents
 from jaxplain.corpora.presets import resolve
 from jaxplain.corpora.records import RecordBlock, row_blocks, stream_blocks
 from jaxplain.errors import JaxplainError, first_line
+
+_SAMPLED = 64  # records
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,13 @@ class Source:
     def size(self) -> int | None:
         """How many records there are; None for a stream."""
         return None if isinstance(self.records, datasets.IterableDataset) else len(self.records)
+
+    def sample(self) -> list[int]:
+        """How many records there are and the sum of the bits of some; of a stream nothing."""
+        if not self.size:
+            return []
+        rows = sorted({place * (self.size - 1) // (_SAMPLED - 1) for place in range(_SAMPLED)})
+        return [self.size, zlib.crc32(repr(self._values(rows)).encode())]
 
     def blocks(self, *, seed: int, first: int = 0) -> Iterator[RecordBlock]:
         """All records from block number `first` on, in an order drawn by the seed."""

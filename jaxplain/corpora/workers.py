@@ -28,20 +28,30 @@ Work = Callable[[Callable[[Any, Any], Any], Iterable[Any]], Iterator[Any]]
 Function and items must be such as pickle can send to another process.
 """
 
-_AHEAD = 2  # blocks per worker that are begun before they are asked for, so that none has to wait
+AHEAD = 2  # blocks per worker that are begun before they are asked for, so that none has to wait
 _MOST = 8
 _WORTH_WORKERS = 20_000  # sequences; fewer are cut before the processes would have started
 
 _shared: Any = None
 
 
-def worker_count(chosen: int | None, *, sequences: int | None) -> int:
-    """How many workers to start, where none are chosen, for about so many sequences (None: no one knows)."""
+def worker_count(chosen: int | None, *, sequences: int | None, sharers: int = 1) -> int:
+    """How many workers to start, where none are chosen, for about so many sequences (None: no one knows).
+
+    So many processes share this one's cores.
+    """
     if chosen is not None:
         return chosen
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(cores_of_process()) // sharers
     worth = sequences is None or sequences >= _WORTH_WORKERS
     return min(cores, _MOST) if worth and cores > 1 else 0
+
+
+def cores_of_process() -> list[int]:
+    """The numbers of the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def in_this_process(shared: Any) -> Work:
@@ -70,7 +80,7 @@ def open_workers(count: int, shared: Any) -> Iterator[Work]:
             with _deaf_to_interrupts():
                 for _ in range(count):
                     pool.submit(os.getpid)  # each of the first submissions starts a process
-            yield lambda function, items: _in_order(pool, function, items, ahead=_AHEAD * count)
+            yield lambda function, items: _in_order(pool, function, items, ahead=AHEAD * count)
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -28,7 +28,10 @@ from jaxplain.planning.memory import weight_bytes
 from jaxplain.subjects.decoder import Decoder
 from jaxplain.subjects.loading import partition, spread_over_data
 
-_USED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+_USED = re.compile(  # as several versions of the compiler put it
+    r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm"
+    r"|HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)"
+)
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -93,9 +96,18 @@ def compile_for_topology(demand: Demand, topology: str, *, data: int, model: int
     except jax.errors.JaxRuntimeError as error:
         if (used := _USED.search(str(error))) is None:
             raise
-        amounts = [int(float(used[i]) * _UNITS[used[i + 1]]) for i in (1, 3)]
+        size, unit, limit, unit_of_limit = (found for found in used.groups() if found)
+        amounts = int(float(size) * _UNITS[unit]), int(float(limit) * _UNITS[unit_of_limit])
         raise TooLargeError(*amounts) from error
     seconds = time.monotonic() - started
+    try:
+        text = program.as_text() or ""
+    except jax.errors.JaxRuntimeError as error:
+        version = importlib.metadata.version("libtpu")
+        raise JaxplainError(
+            f"jax {jax.__version__} cannot read the programs of libtpu {version}; install the libtpu that "
+            "belongs to it (pip install 'jaxplain[plan]'), or plan with --analytic."
+        ) from error
     loaded = weight_bytes(demand, data=data, model=model, tiled=True)
     analysis: Any = program.memory_analysis()
     costs: Any = program.cost_analysis()
@@ -109,7 +121,7 @@ def compile_for_topology(demand: Demand, topology: str, *, data: int, model: int
         outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
         program=analysis.generated_code_size_in_bytes,
         flops=costs["flops"],
-        collectives=collectives(program.as_text() or "", mesh),
+        collectives=collectives(text, mesh),
         seconds=seconds,
         compiler=f"libtpu {importlib.metadata.version('libtpu')}",
     )
@@ -167,6 +179,7 @@ def lower_step(demand: Demand, mesh: Mesh, *, batch: int) -> jax.stages.Lowered:
 
 def _mesh(topology: str, data: int, model: int) -> Mesh:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks a server that only Google's clouds have
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # or one process at a time may compile
     try:
         devices = topologies.get_topology_desc(topology, platform="tpu").devices
     except (RuntimeError, ValueError) as error:

@@ -251,6 +251,8 @@ def test_how_many_workers(monkeypatch):
     assert worker_count(None, sequences=19_999) == 0
     assert worker_count(None, sequences=20_000) == worker_count(None, sequences=None) == 4
     assert [worker_count(chosen, sequences=10) for chosen in (0, 3)] == [0, 3]
+    assert [worker_count(None, sequences=None, sharers=n) for n in (2, 3, 5)] == [2, 0, 0]
+    assert worker_count(3, sequences=None, sharers=5) == 3
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
     assert worker_count(None, sequences=None) == 8
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(1), raising=False)

@@ -61,6 +61,14 @@ def test_the_newest_are_kept_and_restored(tmp_path):
         assert_equal(found.state, state(3))
 
 
+def test_one_that_is_being_written_is_waited_for(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state(1, MEBI), {})
+        found = checkpoints.restore(lambda _: state(0, MEBI))
+    assert found.unreadable == []
+    assert_equal(found.state, state(1, MEBI))
+
+
 def test_a_step_is_saved_once(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state(1), {})

@@ -8,10 +8,16 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 import jaxplain
+from jaxplain.corpora.records import row_blocks
+from jaxplain.processes import first_works
+from jaxplain.stopping import StopRequest
 from tests import tiny
 from tests.running import runs
 
@@ -23,8 +29,8 @@ def config(tmp_path_factory):
     return runs.write_config(tmp_path_factory.mktemp("processes"))
 
 
-def start(config, output, *arguments, processes, devices, of_each=lambda _: ()):
-    """The processes of a run, of which each may get arguments of its own."""
+def start(config, output, *arguments, processes, devices, of_each=lambda _: (), folder_of=lambda _: None):
+    """The processes of a run, of which each may get arguments and a working folder of its own."""
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         port = place.getsockname()[1]
@@ -41,7 +47,12 @@ def start(config, output, *arguments, processes, devices, of_each=lambda _: ()):
     }
     return [
         subprocess.Popen(
-            command(process), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command(process),
+            cwd=folder_of(process),
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for process in range(processes)
     ]
@@ -199,18 +210,129 @@ def test_sigterm_to_any_process_saves_and_ends_all(long_config, tmp_path, told):
     assert row > 0
 
 
+@pytest.fixture(scope="module")
+def large_corpus(tmp_path_factory):
+    """Arguments for a corpus that takes a while to cut."""
+    file = tiny.write_corpus(tmp_path_factory.mktemp("large") / "many.jsonl", 60_000)
+    source = json.dumps([{"dataset": "json", "data_files": str(file)}])
+    return "--corpus.sources", source, "--corpus.max_sequences", 0
+
+
+def cutting(output):
+    return (output / "exemplars.zarr.partial" / "train" / "sequences" / "zarr.json").exists
+
+
 @pytest.mark.parametrize("told", [0, 1])
-def test_sigterm_while_the_first_process_cuts(config, tmp_path, told):
-    tiny.write_corpus(tmp_path / "many.jsonl", 60_000)
-    source = json.dumps([{"dataset": "json", "data_files": str(tmp_path / "many.jsonl")}])
-    arguments = ("--corpus.sources", source, "--corpus.max_sequences", 0)
-    started = start(config, tmp_path / "run", *arguments, processes=2, devices=2)
-    table = tmp_path / "run" / "exemplars.zarr.partial" / "train" / "sequences" / "zarr.json"
-    wait_for(table.exists, started)
+def test_sigterm_while_all_cut(config, large_corpus, tmp_path, told):
+    started = start(config, tmp_path, *large_corpus, processes=2, devices=2)
+    wait_for(cutting(tmp_path), started)
     started[told].send_signal(signal.SIGTERM)
     at = time.monotonic()
     statuses, _, err = ended(started)
     assert statuses == [75, 75], err
     assert time.monotonic() - at < 30
     assert err[0] == "stopped by SIGTERM: the same command cuts the sequences of train again.\n"
+    assert err[1] == ""
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_death_while_all_cut_ends_all(config, large_corpus, tmp_path, victim):
+    started = start(config, tmp_path, *large_corpus, processes=2, devices=2)
+    wait_for(cutting(tmp_path), started)
+    started[victim].send_signal(signal.SIGKILL)
+    at = time.monotonic()
+    statuses, _, err = ended(started)
+    assert time.monotonic() - at < 60
+    assert statuses[victim] == -signal.SIGKILL
+    assert statuses[1 - victim] != 0
+    if victim:
+        assert err[0].startswith("error: the processes of the run lost each other (")
+        assert err[0].count("\n") == 1
+
+
+def workers_of(process):
+    """The processes that tokenise for one of a run's."""
+    found = []
+    for child in Path(f"/proc/{process.pid}/task").glob("*/children"):
+        pids = child.read_text().split()
+        found += [int(p) for p in pids if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="asks /proc which processes there are")
+def test_each_process_has_workers_and_the_death_of_one_ends_all(config, large_corpus, tmp_path):
+    arguments = (*large_corpus, "--run.input_workers", 1)
+    started = start(config, tmp_path, *arguments, processes=2, devices=2)
+    wait_for(cutting(tmp_path), started)
+    wait_for(lambda: all(workers_of(process) for process in started), started)
+    os.kill(workers_of(started[1])[0], signal.SIGKILL)
+    statuses, _, err = ended(started)
+    assert statuses == [2, 2], err
+    assert err[0].startswith("error: one of the processes that tokenise the corpus died")
+    assert err[0].count("\n") == 1
+    assert err[1] == ""
+
+
+def test_an_error_that_nobody_expected_in_a_share_ends_its_process(monkeypatch):
+    """All others learn of it by the end of this process."""
+    seen = []
+
+    def others(over):
+        seen.append(over)
+        raise OSError("a disk is gone")
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr("jaxplain.processes.exchange", lambda values: np.zeros((2, 2), np.int32))
+    with pytest.raises(OSError, match="a disk is gone"), StopRequest() as stop:
+        first_works(pytest.fail, stop, "", others=others)
+    assert seen[0].is_set()
+
+
+REFUSES = (
+    "{% for m in messages %}{% if m['content'] == 'bad' %}{{ raise_exception('no bad words') }}{% endif %}"
+    "{{ m['content'] }}{% endfor %}"
+)
+
+
+def test_a_bad_record_in_the_share_of_another_process_is_said_by_the_first(config, tmp_path):
+    model = tmp_path / "model"
+    tiny.write_model(model)
+    file = model / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": REFUSES}))
+    texts = tiny.documents(1000)
+    bad = list(row_blocks(len(texts), seed=0))[1].rows[7]
+    texts[bad] = "bad"
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(
+        "".join(json.dumps({"chat": [{"role": "user", "content": text}]}) + "\n" for text in texts)
+    )
+    source = json.dumps([{"dataset": "json", "data_files": str(chats), "chat_column": "chat"}])
+    arguments = ("--subject.id", model, "--corpus.sources", source, "--corpus.max_sequences", 0)
+    arguments += ("--corpus.splits", '{"train": 1.0}', "--exemplars.splits", "[train]")
+    statuses, _, err = ended(start(config, tmp_path / "run", *arguments, processes=2, devices=2))
+    assert statuses == [2, 2], err
+    assert err[0].startswith(f"error: the subject's chat template refuses row {bad} of ")
+    assert err[1] == ""
+
+
+def test_processes_that_see_other_texts_are_told_so(config, tmp_path):
+    for process in range(2):
+        (folder := tmp_path / f"host-{process}").mkdir()
+        tiny.write_corpus(folder / "docs.jsonl", 50, seed=process)
+    source = json.dumps([{"dataset": "json", "data_files": "docs.jsonl"}])
+    started = start(
+        config.resolve(),
+        tmp_path / "run",
+        "--corpus.sources",
+        source,
+        processes=2,
+        devices=2,
+        folder_of=lambda process: tmp_path / f"host-{process}",
+    )
+    statuses, _, err = ended(started)
+    assert statuses == [2, 2]
+    assert err[0].startswith(
+        "error: the processes of the run disagree: what corpus.sources[0] holds is [50, "
+    )
     assert err[1] == ""
