@@ -71,6 +71,7 @@ def update_moments(
     count_G = moments.token_count_G + here_G
     divisor_G = jnp.maximum(here_G, 1).astype(jnp.float32)
     seen_G = moments.token_count_G > 0
+
     def own_mean_F() -> Array:
         counted_BTF = jnp.where(counted_BTG, acts_BTF, 0).astype(jnp.float32)
         return jnp.where(seen_G, moments.mean_F, counted_BTF.sum(axis=(0, 1)) / divisor_G)
