@@ -73,8 +73,8 @@ def update_moments(
     seen_G = moments.token_count_G > 0
 
     def own_mean_F() -> Array:
-        counted_BTF = jnp.where(counted_BTG, acts_BTF, 0).astype(jnp.float32)
-        return jnp.where(seen_G, moments.mean_F, counted_BTF.sum(axis=(0, 1)) / divisor_G)
+        total_F = jnp.where(counted_BTG, acts_BTF, 0).sum(axis=(0, 1), dtype=jnp.float32)
+        return jnp.where(seen_G, moments.mean_F, total_F / divisor_G)
 
     # A pass for the batch's own mean is needed only while some neuron has no other. (What a branch takes from
     # outside is written out, so it takes nothing but the batch.)
