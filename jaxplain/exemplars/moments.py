@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, UInt
 
 _MOST_SLICES = 32
-"""More slices gain nothing, and make kernels of many operands."""
+"""Faster than 16 on a CPU for 32 sequences, more was not tried; each slice is an operand of the kernels."""
 
 
 class PowerSums(NamedTuple):
