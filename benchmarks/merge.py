@@ -146,7 +146,7 @@ def measure(folder: Path, *, gigabytes: float, stores: int, rounds: int) -> dict
         write_store(path, number, layers=layers, sequences=20_000)
     read = sum(map(size_of, paths))
     out = folder / "out"
-    merge = [sys.executable, "-m", "jaxplain.merge", str(out), *map(str, paths), "--no-progress"]
+    merge = [sys.executable, "-m", "jaxplain.merge", str(out), *map(str, paths), "--quiet"]
 
     def copy() -> float:
         (out / "copies").mkdir(parents=True)

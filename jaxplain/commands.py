@@ -1,5 +1,6 @@
-"""What all commands share: reading a config from YAML and command line, and ending with one sentence."""
+"""What all commands share: flags, reading a config from file and command line, ending with one sentence."""
 
+import argparse
 import dataclasses
 import difflib
 import importlib.util
@@ -10,12 +11,13 @@ import textwrap
 import typing
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import PositiveInt
 
 from jaxplain.errors import JaxplainError, Stopped
+from jaxplain.guide import COMMANDS, epilog, program
 
 Config = TypeVar("Config")
 
@@ -24,7 +26,12 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL: the same command goes on
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
-TRACEBACK = "--traceback"
+TRACEBACK, QUIET, JSON = "--traceback", "--quiet", "--json"
+_SHARED = {
+    QUIET: "Say nothing but errors and warnings, and show no progress bars.",
+    JSON: "Print one JSON object with what came of it instead of text.",
+    TRACEBACK: "Show where an error came from.",
+}
 _FLAGS: set[str] = set()
 
 _UNKNOWN_KEY = re.compile(r"(?:does not accept option|Option|unrecognized arguments:) '?(?:--)?([\w.]+)")
@@ -67,17 +74,37 @@ def require_plots() -> None:
             )
 
 
-def config_parser(config_class: type, *, prog: str) -> ArgumentParser:
-    """A parser of `--config FILE` and `--any.field value` for a config dataclass."""
+class PlainParser(argparse.ArgumentParser):
+    """A parser for a command without a config. What it cannot parse is a JaxplainError."""
+
+    def __init__(self, command: str, *, more: Sequence[str] = ()):
+        super().__init__(
+            prog=program(command),
+            description=COMMANDS[command].does,
+            epilog="\n".join([*more, epilog(command)]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        for flag, description in _SHARED.items():
+            self.add_argument(flag, action="store_true", help=description)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise it."""
+        raise JaxplainError(f"{message}; see --help.")
+
+
+def config_parser(config_class: type, command: str) -> ArgumentParser:
+    """A parser of `--config FILE` and `--any.field value` for a command's config dataclass."""
     parser = ArgumentParser(
-        prog=prog,
-        description=(config_class.__doc__ or "").split("\n")[0],
+        prog=program(command),
+        usage=f"{program(command)} --config FILE [--any.field VALUE ...] [other options]",
+        description=COMMANDS[command].does,
         exit_on_error=False,
         formatter_class=_HelpFormatter,
     )
-    parser.epilog = "\n".join(_describe_list_items(config_class))
+    parser.epilog = "\n".join([*_describe_list_items(config_class), epilog(command)])
     parser.add_argument("--config", action="config", help="A YAML file with any of the fields below.")
-    add_flag(parser, TRACEBACK, "Show where an error came from.")
+    for flag, description in _SHARED.items():
+        add_flag(parser, flag, description)
     parser.add_class_arguments(config_class, as_group=False)
     return parser
 
@@ -106,10 +133,14 @@ def parse_config(
 ) -> tuple[Config, Any]:
     """The config, and the other options that the parser was given.
 
+    `--quiet` stands for no progress bars either, whatever the config says.
+
     Raises JaxplainError for an unknown key (with the nearest known one), a wrong type or value.
     """
+    bars = [path for path in _known_keys(config_class) if path.split(".")[-1] == "progress"]
+    without = [f"--{path}=false" for path in bars if QUIET in arguments]
     try:
-        namespace = parser.parse_args(list(arguments))
+        namespace = parser.parse_args([*arguments, *without])
         values = parser.instantiate(namespace)
     except ArgumentError as error:
         raise JaxplainError(_one_sentence(str(error), config_class)) from error

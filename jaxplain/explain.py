@@ -5,6 +5,7 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -26,6 +27,7 @@ from jaxplain.store.explanations import (
 )
 from jaxplain.store.neuron_id import NeuronId
 from jaxplain.store.reader import Split, Store, open_store
+from jaxplain.summary import summarised
 from jaxplain.viewer.terminal import print_explanations
 
 _SHOWN = 5
@@ -33,23 +35,30 @@ _SHOWN = 5
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, explain, and show a little of what was said."""
-    parser = config_parser(ExplainConfig, prog="python -m jaxplain.explain")
+    parser = config_parser(ExplainConfig, "explain")
     add_flag(parser, "--overwrite", "Explain again what this config has explained before.")
     add_flag(parser, "--puzzles", "Grade the explainer on puzzles with known answers; the store is not read.")
     config, options = parse_config(parser, ExplainConfig, arguments)
-    if options.puzzles:
-        grade_puzzles(config, Console())
-        return
-    if failed := explain(config, overwrite=options.overwrite):
-        raise JaxplainError(
-            f"{failed} samples failed; run the same command again to ask for those, and only those."
-        )
+    with summarised(options) as summary:
+        if options.puzzles:
+            grades = grade_puzzles(config, Console())
+            summary["puzzles"] = [
+                {"truth": grade.puzzle.truth, "explanation": grade.explanation, "right": grade.right}
+                for grade in grades
+            ]
+            return
+        summary |= explain(config, overwrite=options.overwrite)
+        if failed := summary["failed"]:
+            raise JaxplainError(
+                f"{failed} samples failed; run the same command again to ask for those, and only those."
+            )
 
 
-def explain(config: ExplainConfig, *, overwrite: bool = False) -> int:
+def explain(config: ExplainConfig, *, overwrite: bool = False) -> dict[str, Any]:
     """Run an explaining run; one that was interrupted goes on where it stopped.
 
-    Returns how many samples of this config failed and are still to be asked for.
+    Returns where the explanations are, how many neurons are complete of those chosen, how many samples
+    there are by what became of them, how many `failed` and are still to be asked for, and what it cost.
 
     Raises JaxplainError for anything in the config that does not fit the store or the provider, and
     where the budget ends.
@@ -161,7 +170,7 @@ def _report(
     before: dict[str, int],
     complete: set[NeuronId],
     neurons: Sequence[NeuronId],
-) -> int:
+) -> dict[str, Any]:
     counts = Counter(database.counts(recipe))
     new = counts - Counter(before)
     outcomes = ", ".join(f"{count} {status}" for status, count in sorted(new.items())) or "nothing new"
@@ -184,7 +193,16 @@ def _report(
         )
     if len(complete) < len(neurons) and not counts["failed"]:
         print(f"{len(neurons) - len(complete)} neurons are with another process.")
-    return counts["failed"]
+    requests, cost = database.spent(recipe)
+    return {
+        "explanations": database.path,
+        "complete": len(complete),
+        "neurons": len(neurons),
+        "new": new,
+        "failed": counts["failed"],
+        "requests": requests,
+        "cost_usd": cost,
+    }
 
 
 if __name__ == "__main__":

@@ -3,14 +3,16 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from jaxplain.commands import TRACEBACK, run
+from jaxplain.commands import PlainParser, run
 from jaxplain.errors import JaxplainError
 from jaxplain.progress import ByteBar, Progress, progress_bars
 from jaxplain.ranges import parse_range
 from jaxplain.store.formats import explanations, hub, neuron_records, neuronpedia, tables, transluce
 from jaxplain.store.formats.explanations import export_explanations
 from jaxplain.store.reader import Split, Store, open_store
+from jaxplain.summary import summarised
 
 _FORMATS = {
     neuron_records.FORMAT: "neurons/<layer>/<neuron>.json of OpenAI's neuron-explainer, of one split",
@@ -55,15 +57,15 @@ def main(arguments: Sequence[str]) -> None:
             raise JaxplainError(f"{flag} is for --format {' or '.join(formats)}; leave it out.")
     if options.limit is not None and options.limit < 1:
         raise JaxplainError(f"--limit is {options.limit}; give a positive number.")
-    print(_export(options))
+    with summarised(options) as summary:
+        message, made = _export(options)
+        print(message)
+        summary |= {"format": options.format, **made}
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxplain.export",
-        description="Write a store, or its explanations, in the form of another tool.",
-        epilog="formats:\n" + "\n".join(f"  {name:<16}{what}" for name, what in _FORMATS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = PlainParser(
+        "export", more=["formats:", *(f"  {name:<16}{what}" for name, what in _FORMATS.items()), ""]
     )
     parser.add_argument("store", help="a run's folder, or a store's path or URL")
     parser.add_argument("out", nargs="?", help="the folder, file or repository to write")
@@ -79,28 +81,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--endpoint", metavar="URL", help="the hub's address, if not huggingface.co")
     parser.add_argument("--explanations", metavar="FILE", help="short for FILE --format explanations")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there, at the end")
-    parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
-    parser.add_argument(TRACEBACK, action="store_true", help="show where an error came from")
     return parser
 
 
-def _export(options: argparse.Namespace) -> str:
-    """Do it, and say what became of it."""
+def _export(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Do it, and say what became of it, in words and for a summary."""
     if options.format == explanations.FORMAT:
         rows = export_explanations(Path(options.store), Path(options.out))
-        return f"{rows:,} explanations are in {options.out}"
+        return f"{rows:,} explanations are in {options.out}", {"path": options.out, "explanations": rows}
     store = open_store(options.store)
-    progress = progress_bars(enabled=not options.no_progress)
+    progress = progress_bars(enabled=not options.quiet)
     if options.format == hub.FORMAT:
         address = hub.push(
             store,
             options.out,
-            progress_bars(enabled=not options.no_progress, kind=ByteBar),
+            progress_bars(enabled=not options.quiet, kind=ByteBar),
             part=options.part or "all",
             private=options.private,
             endpoint=options.endpoint,
         )
-        return f"{address} has it"
+        return f"{address} has it", {"address": address}
     split = store[options.split or store.splits[0]]
     layers = None if options.layers is None else _layers(options.layers, split)
     return _export_neurons(options, store, split, layers, progress)
@@ -108,13 +108,14 @@ def _export(options: argparse.Namespace) -> str:
 
 def _export_neurons(
     options: argparse.Namespace, store: Store, split: Split, layers: list[int] | None, progress: Progress
-) -> str:
+) -> tuple[str, dict[str, Any]]:
     out = Path(options.out)
     same = {"layers": layers, "limit": options.limit, "overwrite": options.overwrite}
     match options.format:
         case neuron_records.FORMAT:
             written = neuron_records.export_neuron_records(split, out, progress, **same)
-            return f"{written:,} neurons are in {out / neuron_records.FOLDER}"
+            folder = out / neuron_records.FOLDER
+            return f"{written:,} neurons are in {folder}", {"path": folder, "neurons": written}
         case transluce.FORMAT:
             if options.pad_token is None:
                 raise JaxplainError(
@@ -122,7 +123,7 @@ def _export_neurons(
                     "128004 for Llama 3.1."
                 )
             folder = transluce.export_transluce(store, out, progress, pad_token=options.pad_token, **same)
-            return f"the exemplars are in {folder}"
+            return f"the exemplars are in {folder}", {"path": folder}
         case neuronpedia.FORMAT:
             folder = neuronpedia.export_neuronpedia(
                 split,
@@ -132,11 +133,12 @@ def _export_neurons(
                 creator=options.creator or neuronpedia.DEFAULT_CREATOR,
                 **same,
             )
-            return f"the sources are in {folder}"
+            return f"the sources are in {folder}", {"path": folder}
         case _:
             splits = None if options.split is None else [split.name]
             rows = tables.export_tables(store, out, progress, splits=splits, **same)
-            return f"{out} holds " + ", ".join(f"{count:,} {name}" for name, count in rows.items())
+            held = ", ".join(f"{count:,} {name}" for name, count in rows.items())
+            return f"{out} holds {held}", {"path": out, "rows": rows}
 
 
 def _layers(text: str, split: Split) -> list[int]:

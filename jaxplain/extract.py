@@ -54,12 +54,13 @@ from jaxplain.subjects.decoder import Decoder
 from jaxplain.subjects.parity import differences, require_parity, require_torch, table_of, torch_reference
 from jaxplain.subjects.subject import Subject, open_subject
 from jaxplain.subjects.vocabulary import token_bytes
+from jaxplain.summary import summarised
 from jaxplain.viewer.terminal import print_sample
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, extract, and show a little of what was found."""
-    parser = config_parser(ExtractConfig, prog="python -m jaxplain.extract")
+    parser = config_parser(ExtractConfig, "extract")
     add_flag(parser, "--overwrite", "Replace the store that the output folder holds, at the end.")
     add_count(parser, "--check-parity", "Before the run, compare N sequences with torch, layer by layer.")
     parser.add_class_arguments(DistributedConfig, as_group=False)
@@ -68,11 +69,17 @@ def main(arguments: Sequence[str]) -> None:
     join(DistributedConfig(**{name: options[name] for name in fields}))
     if not (config.run.progress and leads()):
         hide_bars_of_libraries()
-    with one_job():
-        extract(config, overwrite=options.overwrite, check_parity=options.check_parity)
-    if not leads():
-        return
-    shown = print_sample(jaxplain.open_store(config.output), Console())
+    with summarised(options) as summary:
+        with one_job():
+            extract(config, overwrite=options.overwrite, check_parity=options.check_parity)
+        if leads():
+            summary |= _sum_up(config)
+
+
+def _sum_up(config: ExtractConfig) -> dict[str, Any]:
+    """Show some neurons of a store, and sum up what is in it."""
+    store = jaxplain.open_store(config.output)
+    shown = print_sample(store, Console())
     side = "min" if "min" in config.exemplars.kinds else config.exemplars.kinds[0]
     print(f"The store is {_join(config.output, STORE_NAME)}. Look at any neuron, from any side:")
     print(
@@ -80,6 +87,11 @@ def main(arguments: Sequence[str]) -> None:
         f"{'' if shown[-1].expert is None else f'--expert {shown[-1].expert} '}"
         f"--neuron {shown[-1].index} --kind {side}"
     )
+    return {
+        "store": _join(config.output, STORE_NAME),
+        "splits": {name: {"sequences": store[name].sequence_count} for name in store.splits},
+        "seconds": store.attributes["seconds"],
+    }
 
 
 def extract(config: ExtractConfig, *, overwrite: bool = False, check_parity: int | None = None) -> None:

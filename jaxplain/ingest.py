@@ -1,13 +1,14 @@
 """python -m jaxplain.ingest SRC [SRC ...] OUT: a store of what other tools have left."""
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
 from transformers import AutoTokenizer
 
-from jaxplain.commands import TRACEBACK, run
+from jaxplain.commands import PlainParser, run
 from jaxplain.errors import JaxplainError, first_line
 from jaxplain.progress import progress_bars
 from jaxplain.store.formats import neuron_records, neuronpedia, transluce
@@ -23,6 +24,7 @@ from jaxplain.store.formats.transluce_source import (
 )
 from jaxplain.subjects.subject import find_folder, tokenizer_hash
 from jaxplain.subjects.vocabulary import token_bytes
+from jaxplain.summary import summarised
 
 _LOOKS = {
     neuron_records.FORMAT: (is_neuron_records, "neurons/<layer>/<neuron>.json of neuron-explainer"),
@@ -59,21 +61,20 @@ def main(arguments: Sequence[str]) -> None:
     for source in sources:
         if Path(options.out).resolve().is_relative_to(source.resolve()):
             raise JaxplainError(f"OUT is {options.out}, which lies in {source}; choose another folder.")
-    try:
-        found = _ingest(form, sources, options)
-    except OSError as error:
-        raise JaxplainError(f"{error.filename or options.out} cannot be used: {error.strerror}.") from error
-    print(f"{found.neurons:,} neurons and {found.sequences:,} sequences are in {found.path}")
-    print("not known: " + "; ".join(found.not_known))
+    with summarised(options) as summary:
+        try:
+            found = _ingest(form, sources, options)
+        except OSError as error:
+            name = error.filename or options.out
+            raise JaxplainError(f"{name} cannot be used: {error.strerror}.") from error
+        print(f"{found.neurons:,} neurons and {found.sequences:,} sequences are in {found.path}")
+        print("not known: " + "; ".join(found.not_known))
+        summary |= dataclasses.asdict(found)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxplain.ingest",
-        description="Make a store of what other tools have left. What they did not record is not made up: "
-        "the store says what is not known.",
-        epilog="sources:\n" + "\n".join(f"  {name:<16}{what}" for name, (_, what) in _LOOKS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = PlainParser(
+        "ingest", more=["sources:", *(f"  {name:<16}{what}" for name, (_, what) in _LOOKS.items()), ""]
     )
     parser.add_argument("sources", nargs="+", metavar="SRC", help="a folder; several of neuron-records")
     parser.add_argument("out", metavar="OUT", help="the folder that gets the store, as exemplars.zarr")
@@ -111,8 +112,6 @@ def _parser() -> argparse.ArgumentParser:
         "--pad-token", type=int, metavar="ID", help="transluce: what sequences are padded with"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the store in OUT, at the end")
-    parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
-    parser.add_argument(TRACEBACK, action="store_true", help="show where an error came from")
     return parser
 
 
@@ -131,7 +130,7 @@ def _form_of(sources: Sequence[Path]) -> str:
 
 
 def _ingest(form: str, sources: Sequence[Path], options: argparse.Namespace) -> Imported:
-    progress = progress_bars(enabled=not options.no_progress)
+    progress = progress_bars(enabled=not options.quiet)
     same = {
         "k": options.k,
         "activation_dtype": options.activation_dtype,

@@ -1,6 +1,5 @@
 """python -m jaxplain.plan: what an extraction will cost, before anything is spent."""
 
-import json
 from collections.abc import Sequence
 
 import jax
@@ -10,12 +9,12 @@ from jaxplain.configs.extraction import ExtractConfig
 from jaxplain.planning.hardware import CHIPS, target_of
 from jaxplain.planning.planner import make_plan
 from jaxplain.planning.report import report
+from jaxplain.summary import summarised
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, plan, and print the plan. No device but the CPU is touched, and no weights are read."""
-    parser = config_parser(ExtractConfig, prog="python -m jaxplain.plan")
-    parser.description = "Say what an extraction will cost: memory, time, disk and input. Takes its config."
+    parser = config_parser(ExtractConfig, "plan")
     parser.add_argument(
         "--topology",
         type=str | None,
@@ -32,12 +31,13 @@ def main(arguments: Sequence[str]) -> None:
         "--utilisation", type=float, default=0.4, help="The share of the peak FLOP/s that is expected."
     )
     add_flag(parser, "--analytic", "Do not compile for TPUs, which takes a minute for a large model.")
-    add_flag(parser, "--json", "Print the plan as JSON.")
     config, options = parse_config(parser, ExtractConfig, arguments)
     target = target_of(topology=options.topology, devices=options.devices, memory=options.memory)
     jax.config.update("jax_platforms", "cpu")
-    plan = make_plan(config, target, utilisation=options.utilisation, compiling=not options.analytic)
-    print(json.dumps(plan.to_json(), indent=1) if options.json else report(plan))
+    with summarised(options) as summary:
+        plan = make_plan(config, target, utilisation=options.utilisation, compiling=not options.analytic)
+        summary |= plan.to_json()
+        print(report(plan))
 
 
 if __name__ == "__main__":

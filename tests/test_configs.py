@@ -50,7 +50,7 @@ TARGETS = {
 
 def read(path):
     kind = COMMANDS[path.parent.name]
-    return parse_config(config_parser(kind, prog="test"), kind, ["--config", str(path)])[0]
+    return parse_config(config_parser(kind, path.parent.name), kind, ["--config", str(path)])[0]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -391,7 +391,7 @@ def test_sources_on_the_command_line_replace_those_of_the_config(workspace):
 
     sources = "[{preset: chitchat}, {dataset: text, data_files: a.txt}]"
     arguments = ["--config", str(workspace / "config.yaml"), "--corpus.sources", sources]
-    config, _ = parse_config(config_parser(ExtractConfig, prog="x"), ExtractConfig, arguments)
+    config, _ = parse_config(config_parser(ExtractConfig, "extract"), ExtractConfig, arguments)
     assert [s.preset for s in config.corpus.sources] == ["chitchat", None]
     assert [s.chat_column for s in config.corpus.sources] == [None, None]
     assert [s.weight for s in config.corpus.sources] == [1.0, 1.0]

@@ -85,7 +85,7 @@ def test_a_port_that_is_taken(run):
 def test_what_is_refused(run, tmp_path, arguments, says):
     arguments = [argument.replace("OUT", str(tmp_path / "out")) for argument in arguments]
     with pytest.raises(JaxplainError, match=re.escape(says)):
-        main([str(run), "--no-progress", *arguments])
+        main([str(run), "--quiet", *arguments])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -104,14 +104,14 @@ def test_no_store(tmp_path):
 )
 def test_files(run, tmp_path, capsys, arguments, names):
     out = tmp_path / "out"
-    main([str(run), "--static", str(out), "--no-progress", *arguments])
+    main([str(run), "--static", str(out), "--quiet", *arguments])
     assert sorted(path.stem for path in (out / "neuron" / "valid").iterdir()) == names
     files = sum(path.is_file() for path in out.rglob("*"))
     assert re.search(rf"^{files} files, [\d.]+ MB; open .*/out/index.html$", capsys.readouterr().out)
 
 
 def test_exemplars_on_a_page(run, tmp_path):
-    main([str(run), "--static", str(tmp_path / "out"), "--no-progress", "--exemplars", "2", "--layers", "0"])
+    main([str(run), "--static", str(tmp_path / "out"), "--quiet", "--exemplars", "2", "--layers", "0"])
     page = (tmp_path / "out" / "neuron" / "train" / "0.1.html").read_text(encoding="utf-8")
     assert page.count('class="exemplar"') == 3 * 2
 
@@ -119,14 +119,14 @@ def test_exemplars_on_a_page(run, tmp_path):
 def test_many_pages_are_written_only_where_that_is_meant(run, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxplain.view._MANY_PAGES", 10)
     with pytest.raises(JaxplainError, match=r"these are 18 pages, about 0\.0 GB; choose fewer"):
-        main([str(run), "--static", str(tmp_path / "out"), "--no-progress"])
-    main([str(run), "--static", str(tmp_path / "out"), "--no-progress", "--all"])
+        main([str(run), "--static", str(tmp_path / "out"), "--quiet"])
+    main([str(run), "--static", str(tmp_path / "out"), "--quiet", "--all"])
     assert (tmp_path / "out" / "index.html").is_file()
 
 
 def test_the_index_of_tokens(run, tmp_path, capsys):
     folder = tmp_path / "index"
-    arguments = ["--static", str(tmp_path / "out"), "--layers", "0", "--no-progress"]
+    arguments = ["--static", str(tmp_path / "out"), "--layers", "0", "--quiet"]
     main([str(run), "--index", "--index-folder", str(folder), *arguments])
     assert f"the index of tokens is in {folder}" in capsys.readouterr().out
     assert open_index(jaxplain.open_store(run), folder) is not None

@@ -32,6 +32,7 @@ from jaxplain.explainers.token_means import describe_tokens
 from jaxplain.store.explanations import open_explanations
 
 _LETTERS = "ABCD"
+_MARKS = {True: "right", False: "wrong", None: "-----"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,11 @@ class Grade:
     puzzle: Puzzle
     explanation: str | None
     choice: str | None
+
+    @property
+    def right(self) -> bool | None:
+        """Whether it prefers the truth."""
+        return None if self.choice is None else self.choice == self.puzzle.truth
 
 
 @functools.cache
@@ -189,20 +195,19 @@ def _print(grades: Sequence[Grade], console: Console) -> None:
     by_category: dict[str, list[Grade]] = defaultdict(list)
     for grade in grades:
         by_category[grade.puzzle.category].append(grade)
-    graded = any(grade.choice is not None for grade in grades)
+    graded = any(grade.right is not None for grade in grades)
     for category, members in by_category.items():
-        right = sum(grade.choice == grade.puzzle.truth for grade in members)
+        right = sum(bool(grade.right) for grade in members)
         console.print(f"[bold]{category}[/bold]" + (f"  {right} of {len(members)}" if graded else ""))
         for grade in members:
-            mark = "right" if grade.choice == grade.puzzle.truth else "wrong"
             console.print(
-                f"  {mark if grade.choice is not None else '-----'}  {escape(grade.puzzle.truth)}: "
+                f"  {_MARKS[grade.right]}  {escape(grade.puzzle.truth)}: "
                 f"[dim]{escape(grade.explanation or 'no explanation')}[/dim]",
                 soft_wrap=True,
                 highlight=False,
             )
     if graded:
-        right = sum(grade.choice == grade.puzzle.truth for grade in grades)
+        right = sum(bool(grade.right) for grade in grades)
         console.print(f"{right} of {len(grades)} puzzles right (chance {len(grades) / 4:g})", highlight=False)
     else:
         console.print(

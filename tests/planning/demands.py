@@ -56,7 +56,7 @@ def parsed(fields):
         items = {block: values} if isinstance(values, str) else {f"{block}.{k}": v for k, v in values.items()}
         for name, value in items.items():
             arguments += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
-    return parse_config(config_parser(ExtractConfig, prog="test"), ExtractConfig, arguments)[0]
+    return parse_config(config_parser(ExtractConfig, "extract"), ExtractConfig, arguments)[0]
 
 
 def demand(arch=ARCH, **blocks):

@@ -101,7 +101,7 @@ def test_the_planned_arrays_are_those_of_a_store(tmp_path, model, more):
         *(("--exemplars.kinds", "[max, quantile]", "--statistics.tokens.neurons", "5") if more else ()),
     ]
     main(arguments)
-    config, _ = parse_config(config_parser(ExtractConfig, prog="test"), ExtractConfig, arguments)
+    config, _ = parse_config(config_parser(ExtractConfig, "extract"), ExtractConfig, arguments)
     arch = architecture_of(AutoConfig.from_pretrained(tmp_path / "model"))
     asked = demand_of(config, select_neurons(config.neurons, arch))
     root = zarr.open_group(tmp_path / "run" / "exemplars.zarr", mode="r")

@@ -36,7 +36,7 @@ def server(monkeypatch):
 
 
 def push(store, address, *arguments):
-    command = [store.zarr_path, REPOSITORY, "--format", "huggingface", "--endpoint", address, "--no-progress"]
+    command = [store.zarr_path, REPOSITORY, "--format", "huggingface", "--endpoint", address]
     export([*command, *arguments])
 
 

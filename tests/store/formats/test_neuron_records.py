@@ -25,7 +25,7 @@ def store(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tree(store, tmp_path_factory):
     out = tmp_path_factory.mktemp("export") / "tree"
-    export([store.zarr_path, "--format", "neuron-records", str(out), "--no-progress"])
+    export([store.zarr_path, "--format", "neuron-records", str(out), "--quiet"])
     return out
 
 
@@ -57,7 +57,7 @@ def write(tree, layer, index, strongest=(), random=(), **fields):
 
 
 def imported(*arguments):
-    ingest([*map(str, arguments), "--no-progress"])
+    ingest([*map(str, arguments)])
     out = arguments[[str(a).startswith("--") for a in [*arguments, "--"]].index(True) - 1]
     return jaxplain.open_store(out)
 

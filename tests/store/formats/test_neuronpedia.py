@@ -27,7 +27,7 @@ def store(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(store, tmp_path_factory):
     out = tmp_path_factory.mktemp("export")
-    export([store.zarr_path, str(out), "--format", "neuronpedia", "--no-progress"])
+    export([store.zarr_path, str(out), "--format", "neuronpedia", "--quiet"])
     return out / MODEL
 
 
@@ -43,7 +43,7 @@ def write(path, rows):
 
 
 def imported(source, out, *arguments):
-    ingest([str(source), str(out), "--no-progress", *arguments])
+    ingest([str(source), str(out), "--quiet", *arguments])
     return jaxplain.open_store(out)
 
 
@@ -106,7 +106,7 @@ def test_explanations_are_lines(folder):
 def test_what_is_exported_and_imported_is_the_same(tmp_path, experts):
     store = stores.write(tmp_path / "run" / "exemplars.zarr", experts=experts)
     stores.explain(store, experts=experts is not None)
-    export([store.zarr_path, str(tmp_path / "out"), "--format", "neuronpedia", "--no-progress"])
+    export([store.zarr_path, str(tmp_path / "out"), "--format", "neuronpedia", "--quiet"])
     if experts:
         places = sorted(path.name for path in (tmp_path / "out" / MODEL).iterdir())
         assert places == [f"{layer}-neurons__expert{e}" for layer in stores.LAYERS for e in range(2)]

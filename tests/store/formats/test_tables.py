@@ -26,7 +26,7 @@ def store(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(store, tmp_path_factory):
     out = tmp_path_factory.mktemp("export") / "tables"
-    export([store.zarr_path, str(out), "--format", "parquet", "--no-progress"])
+    export([store.zarr_path, str(out), "--format", "parquet", "--quiet"])
     return out
 
 
@@ -86,7 +86,7 @@ def test_one_split_some_layers_few_ranks(store, tmp_path, capsys):
     export(
         [
             *(store.zarr_path, str(out), "--format", "parquet", "--split", "valid"),
-            *("--layers", "0:2", "--limit", "1", "--no-progress"),
+            *("--layers", "0:2", "--limit", "1"),
         ]
     )
     table = pd.read_parquet(out / "exemplars")
@@ -100,7 +100,7 @@ def test_what_was_there_stays_until_the_end(store, tmp_path, monkeypatch):
     from jaxplain.store.formats import tables
 
     out = tmp_path / "out"
-    command = [store.zarr_path, str(out), "--format", "parquet", "--no-progress"]
+    command = [store.zarr_path, str(out), "--format", "parquet", "--quiet"]
     export(command)
     before = sorted(path.name for path in out.rglob("*"))
     with pytest.raises(JaxplainError, match="exists already"):
@@ -123,7 +123,7 @@ def test_explanations_of_another_store_are_not_taken_for_its_own(store, tmp_path
     other = stores.write(tmp_path / "exemplars.zarr", kinds=("max",))
     shutil.copy(store.explanations_path, tmp_path)
     with pytest.raises(JaxplainError, match="holds explanations of another store"):
-        export([other.zarr_path, str(tmp_path / "out"), "--format", "parquet", "--no-progress"])
+        export([other.zarr_path, str(tmp_path / "out"), "--format", "parquet", "--quiet"])
     assert not (tmp_path / "out").exists()
 
 

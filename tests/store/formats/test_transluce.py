@@ -30,7 +30,7 @@ def store(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(store, tmp_path_factory):
     out = tmp_path_factory.mktemp("export")
-    export([store.zarr_path, str(out), "--format", "transluce", "--pad-token", str(PAD), "--no-progress"])
+    export([store.zarr_path, str(out), "--format", "transluce", "--pad-token", str(PAD), "--quiet"])
     return out / FOLDER
 
 
@@ -249,7 +249,7 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path):
 def test_by_the_command_with_the_subjects_tokenizer(tmp_path, capsys):
     write_tree(tmp_path / "data")
     tiny.write_model(tmp_path / "model", tiny.LLAMA)
-    source = [str(tmp_path / "data"), str(tmp_path / "out"), "--no-progress"]
+    source = [str(tmp_path / "data"), str(tmp_path / "out")]
     ingest([*source, "--tokenizer", str(tmp_path / "model"), "--pad-token", str(PAD)])
     assert "mean, variance, skewness, kurtosis and fraction_active" in capsys.readouterr().out
     assert jaxplain.open_store(tmp_path / "out")["train"].neuron(0, 0).exemplars()[0].text
