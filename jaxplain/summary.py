@@ -7,24 +7,16 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 
-@runtime_checkable
-class Options(Protocol):
-    """What every command is told about it."""
-
-    quiet: bool
-    json: bool
-
-
 @contextlib.contextmanager
-def summarised(options: Options) -> Iterator[dict[str, Any]]:
-    """A command's work, whose prints are its text; with `--json` or `--quiet` they are not shown.
+def summarised(options: Any) -> Iterator[dict[str, Any]]:
+    """A command's work, whose prints are its text; with the option `json` or `quiet` they are not shown.
 
-    With `--json` the dict that it is given, which the command fills, is printed as JSON at the end, even if
+    With `json` the dict that it is given, which the command fills, is printed as JSON at the end, even if
     that is an error. Numbers that are not finite are null.
     """
     summary: dict[str, Any] = {}
