@@ -379,8 +379,8 @@ class Split:
         array = self._array(f"{schema.group_of(kind)}/activation")
         return math.prod(array.shape[-2:]) * array.dtype.numpy_dtype.itemsize
 
-    def whole_array(self, name: str, *, last: int | None = None) -> np.ndarray:
-        """All values of an array such as "stats/mean", or those at one place of its last axis."""
+    def whole_array(self, name: str, *, last: int | slice | None = None) -> np.ndarray:
+        """All values of an array such as "stats/mean", or those at one or some places of its last axis."""
         array = self._array(name)
         return self.store._files.read(array if last is None else array[..., last])[0]
 

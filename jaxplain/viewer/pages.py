@@ -211,7 +211,6 @@ class Pages:
             # Files are not searched by a database, which knows how well words match.
             + ([] if self._is_static else [(BY_RELEVANCE, "relevance of the words")]),
             has_experts=self.site.catalogue(query.split).split.experts is not None,
-            has_index=self._is_static or self.site.peaks is not None,
         )
 
 

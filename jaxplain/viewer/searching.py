@@ -6,19 +6,20 @@ from collections.abc import Iterable, Sequence
 from urllib.parse import urlencode
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from jaxplain.errors import JaxplainError
 from jaxplain.store.explanations import Explanation
 from jaxplain.store.neuron_id import NeuronId
-from jaxplain.viewer.catalogue import in_range
+from jaxplain.viewer.catalogue import Catalogue, in_range
 from jaxplain.viewer.explained import neurons_about
-from jaxplain.viewer.peaks import KINDS
+from jaxplain.viewer.peaks import KINDS, PeakIndex
 from jaxplain.viewer.site import Site
 
 PAGE = 50
 RANGES = 3
 BY_NEURON, BY_RELEVANCE = "neuron", "relevance"
+PEAK, ANYWHERE = "peak", "anywhere"
 _LONGEST = 500
 
 
@@ -38,7 +39,7 @@ class Query:
     Attributes:
         split: Whose statistics and exemplars.
         words: Words that an explanation has.
-        token, kind: The token at which an exemplar of kind max or min peaks.
+        token, kind, where: A token at which an exemplar of kind max or min peaks, or that is anywhere in it.
         layer, expert, index: The neuron's.
         sort: A column, `neuron`, or `relevance` of the words; only a column is ever `descending`.
         page: From 1.
@@ -48,6 +49,7 @@ class Query:
     words: str = ""
     token: str = ""
     kind: str = "max"
+    where: str = PEAK
     layer: int | None = None
     expert: int | None = None
     index: int | None = None
@@ -65,6 +67,8 @@ class Query:
                 pairs.append((name, value))
         if query.token and query.kind != "max":
             pairs.append(("kind", query.kind))
+        if query.token and query.where != PEAK:
+            pairs.append(("where", query.where))
         for one in query.ranges:
             ends = ("" if end is None else repr(end) for end in (one.low, one.high))
             pairs += zip(("by", "from", "to"), (one.column, *ends), strict=True)
@@ -97,11 +101,15 @@ def query_of(parameters: Iterable[tuple[str, str]], default_split: str) -> Query
     kind = one("kind", "max")
     if kind not in KINDS:
         raise JaxplainError(f"kind is {kind!r}; give {' or '.join(KINDS)}.")
+    where = one("where", PEAK)
+    if where not in (PEAK, ANYWHERE):
+        raise JaxplainError(f"where is {where!r}; give {PEAK} or {ANYWHERE}.")
     return Query(
         split=one("split") or default_split,
         words=one("words"),
         token=one("token"),
         kind=kind,
+        where=where,
         layer=_whole("layer", one("layer")),
         expert=_whole("expert", one("expert")),
         index=_whole("index", one("index")),
@@ -189,14 +197,19 @@ def search(site: Site, query: Query) -> Result:
             if database is None:
                 note = "There are no explanations yet; make some with python -m jaxplain.explain."
         if query.token:
-            if site.peaks is None:
+            if query.kind not in catalogue.split.kinds:
+                raise JaxplainError(f"the store holds no exemplars of kind {query.kind!r}.")
+            wanted_V = site.tokens_like(query.token)
+            if query.where == ANYWHERE:
+                kept_N &= site.holding(query.split).matches(query.kind, wanted_V, catalogue.place_N)
+            elif site.peaks is not None:
+                kept_N &= _peaks_like(site.peaks, catalogue, query, wanted_V)
+            else:
                 note = (
-                    "Tokens are searched for in an index, which is not there yet; "
-                    "make it with python -m jaxplain.view --index."
+                    "Tokens at peaks are searched for in an index, which is not there yet; make it with "
+                    "python -m jaxplain.view --index, or search for tokens anywhere in exemplars."
                 )
                 kept_N[:] = False
-            else:
-                kept_N &= _peaks_like(site, query)
         order_P = _order(site, query, kept_N, found_M)
         pages = max(1, math.ceil(len(order_P) / PAGE))
         shown = order_P[(query.page - 1) * PAGE : query.page * PAGE]
@@ -222,12 +235,10 @@ def search(site: Site, query: Query) -> Result:
         )
 
 
-def _peaks_like(site: Site, query: Query) -> np.ndarray:
-    assert site.peaks is not None
-    catalogue = site.catalogue(query.split)
-    if query.kind not in catalogue.split.kinds:
-        raise JaxplainError(f"the store holds no exemplars of kind {query.kind!r}.")
-    counts_N = site.peaks.matches(query.split, query.kind, site.tokens_like(query.token))
+def _peaks_like(
+    peaks: PeakIndex, catalogue: Catalogue, query: Query, wanted_V: Bool[np.ndarray, "V"]
+) -> Bool[np.ndarray, "N"]:
+    counts_N = peaks.matches(query.split, query.kind, wanted_V)
     # The index is of all neurons that the store holds, and a site may be of some.
     held = np.flatnonzero(catalogue.split.whole_array("stats/count") >= 0)
     return counts_N[np.searchsorted(held, catalogue.place_N)] > 0

@@ -18,6 +18,7 @@ from jaxplain.store.reader import Store
 from jaxplain.viewer import explained
 from jaxplain.viewer.catalogue import Catalogue, no_value
 from jaxplain.viewer.explained import ScoreColumn
+from jaxplain.viewer.holding import Holding
 from jaxplain.viewer.peaks import PeakIndex, index_folder, open_index
 
 T = TypeVar("T")
@@ -52,6 +53,7 @@ class Site:
         if self.trouble is not None:
             self.explanations = None
         self._catalogues: dict[str, Catalogue] = {}
+        self._holdings: dict[str, Holding] = {}
         self._kept: dict[object, tuple[object, object]] = {}
         self._lock = threading.RLock()
 
@@ -72,6 +74,11 @@ class Site:
             if split not in self._catalogues:
                 self._catalogues[split] = Catalogue(self.store[split], self.chosen)
             return self._catalogues[split]
+
+    def holding(self, split: str) -> Holding:
+        """Which neurons' exemplars have which tokens."""
+        with self._lock:
+            return self._holdings.setdefault(split, Holding(self.store[split]))
 
     @contextlib.contextmanager
     def database(self) -> Iterator[ExplanationDatabase | None]:

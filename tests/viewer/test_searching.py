@@ -11,7 +11,7 @@ import jaxplain
 from jaxplain.errors import JaxplainError
 from jaxplain.progress import progress_bars
 from jaxplain.store.neuron_id import NeuronId
-from jaxplain.viewer import peaks, searching
+from jaxplain.viewer import holding, peaks, searching
 from jaxplain.viewer.explained import full_text_query
 from jaxplain.viewer.searching import Query, Range, query_of, search
 from jaxplain.viewer.site import Site
@@ -174,6 +174,39 @@ def peak_words(run, name, kind, split="train"):
 def test_tokens_at_which_exemplars_peak(site, run, kind, asked, wanted):
     expected = [tuple(n) for n in runs.neurons() if peak_words(run, n, kind) & wanted]
     assert found(site, token=asked, kind=kind) == expected
+
+
+@pytest.mark.parametrize("kind", ["max", "min"])
+@pytest.mark.parametrize("asked", ["cat", "cat*", "*script*", "zebra", "*"])
+@pytest.mark.parametrize("block", [5, 2**17])
+def test_tokens_anywhere_in_exemplars(run, kind, asked, block, monkeypatch):
+    monkeypatch.setattr(holding, "_BLOCK", block)
+    monkeypatch.setattr(holding, "RANKS", 2)
+    store = jaxplain.open_store(run)
+    wanted = {w for w, is_like in zip(runs.WORDS, Site(store).tokens_like(asked), strict=True) if is_like}
+    expected = [
+        tuple(n)
+        for n in runs.neurons()
+        if wanted
+        & {runs.WORDS[t] for e in store["train"].neuron_called(n).exemplars(kind, limit=2) for t in e.tokens}
+    ]
+    if asked == "*script*":
+        assert 0 < len(expected) < len(runs.neurons())
+    site = Site(store, index=run / "no index")
+    assert found(site, token=asked, kind=kind, where="anywhere") == expected
+
+
+def test_tokens_anywhere_in_exemplars_of_some_neurons_of_a_mixture(mixture):
+    store = jaxplain.open_store(mixture)
+    names = runs.neurons(experts=[0, 4])[::3]
+    wanted = {n for n, word in enumerate(runs.WORDS) if b"script" in word}
+    expected = [
+        tuple(n)
+        for n in names
+        if any(wanted & set(e.tokens.tolist()) for e in store["train"].neuron_called(n).exemplars())
+    ]
+    assert 0 < len(expected) < len(names)
+    assert found(Site(store, chosen=names), token="*script*", where="anywhere") == expected
 
 
 def test_tokens_of_a_mixture(mixture):
