@@ -9,7 +9,7 @@ class Guide:
 
     Attributes:
         does: What it does, in a sentence.
-        example: Arguments that work after the examples of the commands before it.
+        example: Arguments to call it with. Those with configs of SmolLM2's work one after the other.
         then: What comes next.
     """
 
@@ -47,7 +47,7 @@ COMMANDS = {
     "explain": Guide(
         does="Say in words what neurons respond to, from the exemplars in a store.",
         example="--config configs/explain/token_table.yaml",
-        then="finetune a simulator and score the explanations, or score them with one that exists",
+        then="score the explanations, by a simulator that exists or by one that you finetune",
     ),
     "finetune": Guide(
         does="Train a simulator, which predicts activations, on a store and its explanations.",
@@ -56,7 +56,7 @@ COMMANDS = {
     ),
     "score": Guide(
         does="Score explanations by how well the activations simulated from them agree with the real ones.",
-        example="--config configs/score/smollm2.yaml",
+        example="--config configs/score/first_look.yaml",
         then="view neurons with their explanations and scores",
     ),
     "view": Guide(
