@@ -6,6 +6,7 @@ from urllib.parse import parse_qsl, urlencode
 
 import numpy as np
 import pytest
+import zarr
 
 import jaxplain
 from jaxplain.errors import JaxplainError
@@ -177,7 +178,7 @@ def test_tokens_at_which_exemplars_peak(site, run, kind, asked, wanted):
 
 
 @pytest.mark.parametrize("kind", ["max", "min"])
-@pytest.mark.parametrize("asked", ["cat", "cat*", "*script*", "zebra", "*"])
+@pytest.mark.parametrize("asked", ["cat", "cat*", "*script*", "w*", "zebra", "*"])
 @pytest.mark.parametrize("block", [5, 2**17])
 def test_tokens_anywhere_in_exemplars(run, kind, asked, block, monkeypatch):
     monkeypatch.setattr(holding, "_BLOCK", block)
@@ -194,6 +195,18 @@ def test_tokens_anywhere_in_exemplars(run, kind, asked, block, monkeypatch):
         assert 0 < len(expected) < len(runs.neurons())
     site = Site(store, index=run / "no index")
     assert found(site, token=asked, kind=kind, where="anywhere") == expected
+
+
+def test_an_empty_rank_holds_no_token(tmp_path):
+    path = runs.write_store(tmp_path / "exemplars.zarr")
+    zarr.open(path, mode="r+")["train/max/sequence"][0, 0] = [0, -1, -1, -1]
+    assert runs.HOSTILE[3] in [runs.WORDS[token] for token in runs.tokens()[-1]]
+    assert runs.HOSTILE[3] not in [runs.WORDS[token] for token in runs.tokens()[0]]
+    site = Site(jaxplain.open_store(path), chosen=runs.neurons()[:1])
+    assert found(site, token="</title>*", where="anywhere") == []
+    zarr.open(path, mode="r+")["train/max/sequence"][0, 0] = [0, runs.SEQUENCES - 1, -1, -1]
+    site = Site(jaxplain.open_store(path), chosen=runs.neurons()[:1])
+    assert found(site, token="</title>*", where="anywhere") == [tuple(runs.neurons()[0])]
 
 
 def test_tokens_anywhere_in_exemplars_of_some_neurons_of_a_mixture(mixture):
@@ -261,6 +274,7 @@ def test_an_address_says_the_whole_query():
         split="valid",
         words="a & b",
         token="é",
+        where="anywhere",
         kind="min",
         layer=0,
         expert=3,
