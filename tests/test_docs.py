@@ -149,7 +149,9 @@ def test_the_schema_on_the_page_is_that_of_the_code(experts):
         assert list(spec.dimensions) == expected, name
         assert spec.dtype == dtype.replace("F16", "float16"), name
         assert str(spec.fill) == fill, name
-    assert named == {row for row in stated if experts is not None or row.split("/")[1] not in ("expert", "shared")}
+    assert named == {
+        row for row in stated if experts is not None or row.split("/")[1] not in ("expert", "shared")
+    }
 
 
 def test_a_store_has_the_arrays_on_the_page(workspace):
