@@ -1,9 +1,11 @@
 """Reading a store: `open_store`, then splits, neurons and their exemplars.
 
-store = jaxplain.open_store("runs/smollm2")
-neuron = store["train"].neuron(layer=10, index=42)
-for exemplar in neuron.exemplars("max", limit=5):
-    print(exemplar.score, exemplar.text)
+For example:
+
+    store = jaxplain.open_store("runs/smollm2")
+    neuron = store["train"].neuron(layer=10, index=42)
+    for exemplar in neuron.exemplars("max", limit=5):
+        print(exemplar.score, exemplar.text)
 """
 
 import contextlib
