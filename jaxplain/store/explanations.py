@@ -46,7 +46,8 @@ class Explanation:
 
     Attributes:
         id: Its number in the database, which scores refer to.
-        layer, index: The neuron.
+        layer: The neuron's layer.
+        index: Its number there.
         expert: Of which expert it is, where the subject is a mixture of experts; else None.
         sign: max explains what drives it up, min what drives it down.
         text: The explanation.

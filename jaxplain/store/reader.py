@@ -1,9 +1,11 @@
 """Reading a store: `open_store`, then splits, neurons and their exemplars.
 
-store = jaxplain.open_store("runs/smollm2")
-neuron = store["train"].neuron(layer=10, index=42)
-for exemplar in neuron.exemplars("max", limit=5):
-    print(exemplar.score, exemplar.text)
+For example:
+
+    store = jaxplain.open_store("runs/smollm2")
+    neuron = store["train"].neuron(layer=10, index=42)
+    for exemplar in neuron.exemplars("max", limit=5):
+        print(exemplar.score, exemplar.text)
 """
 
 import contextlib
@@ -44,8 +46,10 @@ class Neuron:
     """One neuron of one split.
 
     Attributes:
-        layer, index: Which one, both from 0.
-        expert: Of which of the layer's experts, where the subject is a mixture of experts; else None.
+        layer (int): Its layer, from 0.
+        index (int): Its number in the layer, or in the expert, from 0.
+        expert (int | None): Of which of the layer's experts, where the subject is a mixture of experts; else
+            None.
     """
 
     def __init__(self, split: "Split", neuron: NeuronId, place: tuple[int, ...]):
@@ -239,8 +243,8 @@ class Split:
     """One split of a store: its sequences, and exemplars and statistics of every neuron kept.
 
     Attributes:
-        layers: Layers that the store holds, ascending, int32 [L].
-        neurons: Neurons that it holds of each layer or expert, ascending, int32 [F].
+        layers (np.ndarray): Layers that the store holds, ascending, int32 [L].
+        neurons (np.ndarray): Neurons that it holds of each layer or expert, ascending, int32 [F].
         experts: Experts that it holds of each layer, ascending, int32 [E]; None where the subject is no
             mixture of experts.
         shared: Which of them read every token, bool [L, E]; None as well.

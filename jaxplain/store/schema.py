@@ -1,25 +1,25 @@
 """What a store looks like on disk: Zarr v3 groups and arrays, and nothing that depends on jaxplain.
 
-<root>                                   attributes: format, version, complete, config, subject, ...
-<root>/vocabulary/{text,end}             the bytes of every token, joined, and where each one ends
-<split>/{layer,neuron}                   coordinates: which layers and neurons the axes stand for
-<split>/sequences/token                  every sequence that was seen; its row is its id
-<split>/sequences/{corpus,document,start,length}    where each came from
-<split>/{max,min,random,quantile_sample}/{score,sequence,activation}    exemplars, strongest first
-<split>/quantile_sample/{stratum,level}  each rank's stratum; stratum s is from level s up to level s + 1
-<split>/stats/{count,mean,variance,skewness,kurtosis,fraction_active,quantile}
-<split>/quantile                         coordinate: the levels of stats/quantile
-<split>/sample/{lottery,sequence}        the tokens drawn for quantiles, in stores that have these
-<split>/sample/activation                what every neuron does at each of them
-<split>/token_table/{chosen_layer,chosen_neuron}    neurons whose mean activation is known for every token
-<split>/token_table/{max,min}/{token,mean,count}    the tokens with the highest, and with the lowest means
+    <root>                                   attributes: format, version, complete, config, subject, ...
+    <root>/vocabulary/{text,end}             the bytes of every token, joined, and where each one ends
+    <split>/{layer,neuron}                   coordinates: which layers and neurons the axes stand for
+    <split>/sequences/token                  every sequence that was seen; its row is its id
+    <split>/sequences/{corpus,document,start,length}    where each came from
+    <split>/{max,min,random,quantile_sample}/{score,sequence,activation}    exemplars, strongest first
+    <split>/quantile_sample/{stratum,level}  each rank's stratum; stratum s is from level s up to level s + 1
+    <split>/stats/{count,mean,variance,skewness,kurtosis,fraction_active,quantile}
+    <split>/quantile                         coordinate: the levels of stats/quantile
+    <split>/sample/{lottery,sequence}        the tokens drawn for quantiles, in stores that have these
+    <split>/sample/activation                what every neuron does at each of them
+    <split>/token_table/{chosen_layer,chosen_neuron}    neurons whose mean activation is known for every token
+    <split>/token_table/{max,min}/{token,mean,count}    the tokens with the highest, and with the lowest means
 
 Where the subject is a mixture of experts, a neuron is one of an expert, and all arrays of neurons have an
 axis `expert` before that of neurons:
 
-<split>/expert                           coordinate: which experts the axis stands for
-<split>/shared                           1 where an expert of a layer reads every token, and 0 where it reads
-                                         the tokens that are routed to it, or there is none
+    <split>/expert                           coordinate: which experts the axis stands for
+    <split>/shared                           1 where an expert of a layer reads every token, and 0 where it
+                                             reads the tokens that are routed to it, or there is none
 
 Experts are numbered from 0; a shared expert has the number after the last one that tokens are routed to. A
 layer with a plain MLP has that as its only expert, 0. The axes are as long as the most experts and the widest

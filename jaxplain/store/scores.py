@@ -66,7 +66,8 @@ class Score:
             absolute_deviation_explained_mean or absolute_deviation_explained_median; or one of a judge's.
         calibration: none, linear or percentile.
         value: NaN where there is none, for `reason`.
-        low, high: Confidence interval over documents; NaN where there is none.
+        low: The lower end of a confidence interval over documents; NaN where there is none.
+        high: Its upper end.
     """
 
     explanation: int

@@ -19,9 +19,12 @@ class TokenMean:
     """A vocabulary token in the eyes of a neuron.
 
     Attributes:
-        token: Its id. text: Its bytes as text. mean: The neuron's mean activation at it. count: Over how many
-        of its occurrences; of all that count where `exact`, else of those in stored sequences. exact: Whether
-        all tokens of the split that count were seen for it; else the mean is an estimate.
+        token: Its id.
+        text: Its bytes as text.
+        mean: The neuron's mean activation at it.
+        count: Over how many of its occurrences; of all that count where `exact`, else of those in stored
+            sequences.
+        exact: Whether all tokens of the split that count were seen for it; else the mean is an estimate.
     """
 
     token: int
