@@ -6,7 +6,7 @@ SmolLM2-135M-Instruct, all layers, max, min and random with activations, in a st
 (which compress badly) that nothing enters any more. Steps are timed while no checkpoint is written, then a
 checkpoint is saved and steps are timed until it is on disk. Its cost is how long `save` holds the run up,
 and what those steps took longer than the median step before. Medians over repetitions; `share` is of a run
-that saves one every 10 minutes, the default. Prints JSON.
+that saves one every 15 minutes, the default. Prints JSON.
 """
 
 import argparse

@@ -426,7 +426,7 @@ class RunConfig:
     batch_size: int = 32
     mesh: MeshConfig = MeshConfig()
     shard_weights: bool = dataclasses.field(default=False, metadata=_LATER)
-    checkpoint_minutes: float = dataclasses.field(default=10.0, metadata=_LATER)
+    checkpoint_minutes: float = dataclasses.field(default=15.0, metadata=_LATER)
     checkpoint_steps: int = dataclasses.field(default=0, metadata=_LATER)
     checkpoint_folder: str | None = dataclasses.field(default=None, metadata=_LATER)
     check_memory: bool = dataclasses.field(default=True, metadata=_LATER)

@@ -71,7 +71,7 @@ def ended(started):
 
 def _own_words(text):
     """What jaxplain said, without the lines that jax's libraries log."""
-    logged = re.compile(r"\[Gloo\]|[IWE]\d{4} \d\d:|[IWE]\d{4} \d+")
+    logged = re.compile(r"\[Gloo\]|.*connected peer ranks|[IWE]\d{4} \d\d:|[IWE]\d{4} \d+")
     return "".join(line for line in text.splitlines(keepends=True) if not logged.match(line))
 
 
