@@ -175,14 +175,16 @@ def measure(run: Path, *, rounds: int, filled: int | None, index: bool) -> dict[
         with served(run) as (_, port, start):
             firsts.append(get(port, "/")[0])
             starts.append(start)
+    token = "word1*" if filled is not None else "angle*"
     searches = {
         "kurtosis above 10, by kurtosis": {"by": "kurtosis", "from": "10", "to": "", "sort": "kurtosis"},
         "a word": {"words": WORDS[0]},
         "by a quantile": {"sort": f"quantile {LEVELS[-1]}"} if filled is not None else {"sort": "skewness"},
         "by highest activation": {"sort": "highest"},
+        "a token anywhere": {"token": token, "where": "anywhere"},
     }
     if index:
-        searches["a token"] = {"token": "word1*" if filled is not None else "angle*"}
+        searches["a token"] = {"token": token}
     with served(run) as (process, port, start):
         firsts.append(get(port, "/")[0])
         starts.append(start)

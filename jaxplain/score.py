@@ -20,7 +20,7 @@ from jaxplain.scoring.scoring import Scored, score
 from jaxplain.store.reader import open_store
 from jaxplain.summary import summarised
 
-_FILE_WIDTH = 110  # columns, where the output is no terminal
+_FILE_WIDTH = 120  # columns, where the output is no terminal
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -29,7 +29,7 @@ def summarised(options: Any) -> Iterator[dict[str, Any]]:
         finally:
             stack.close()
             if options.json and summary:
-                print(json.dumps(_plain(summary), indent=1, ensure_ascii=False))
+                print(json.dumps(_plain(summary), ensure_ascii=False))
                 sys.stdout.flush()
 
 
