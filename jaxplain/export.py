@@ -28,7 +28,7 @@ _OWN = {
     "split": _OF_SPLITS,
     "layers": _OF_NEURONS,
     "limit": _OF_NEURONS,
-    "overwrite": _OF_NEURONS,
+    "overwrite": (*_OF_NEURONS, explanations.FORMAT),
     "pad_token": (transluce.FORMAT,),
     "model": (neuronpedia.FORMAT,),
     "creator": (neuronpedia.FORMAT,),
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 def _export(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Do it, and say what became of it, in words and for a summary."""
     if options.format == explanations.FORMAT:
-        rows = export_explanations(Path(options.store), Path(options.out))
+        rows = export_explanations(options.store, Path(options.out), overwrite=options.overwrite)
         return f"{rows:,} explanations are in {options.out}", {"path": options.out, "explanations": rows}
     store = open_store(options.store)
     progress = progress_bars(enabled=not options.quiet)

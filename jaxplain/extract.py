@@ -45,11 +45,11 @@ from jaxplain.processes import (
     together,
 )
 from jaxplain.progress import Progress, hide_bars_of_libraries, progress_bars
-from jaxplain.resuming import require_same
+from jaxplain.resuming import first_difference, require_same
 from jaxplain.stopping import StopRequest
 from jaxplain.store.files import Files
 from jaxplain.store.schema import STORE_NAME
-from jaxplain.store.writer import StoreWriter, blocks_of, holds_nothing, unfinished_store
+from jaxplain.store.writer import StoreWriter, blocks_of, finished_run, holds_nothing, unfinished_store
 from jaxplain.subjects.decoder import Decoder
 from jaxplain.subjects.parity import differences, require_parity, require_torch, table_of, torch_reference
 from jaxplain.subjects.subject import Subject, open_subject
@@ -109,18 +109,24 @@ def extract(config: ExtractConfig, *, overwrite: bool = False, check_parity: int
         with together():
             _require_able_to_check(check_parity)
             unfinished = None if overwrite else unfinished_store(path)
-            if unfinished is None and not overwrite and not holds_nothing(path):
-                raise JaxplainError(
-                    f"{path} exists already; choose another output, or replace it with --overwrite."
-                )
+            finished = None if overwrite or unfinished is not None else finished_run(path)
+            if unfinished is None and not overwrite and finished is None and not holds_nothing(path):
+                raise _exists_already(path)
             subject, sources, selection, mesh = _prepare(config)
             tabled = choose_neurons(config.statistics.tokens.neurons, selection, seed=config.corpus.seed)
             excluded = _excluded_tokens(config.corpus, subject)
             attributes = _attributes(config, subject, sources)
             if unfinished is not None:
                 require_same(_decisive(unfinished), _decisive(attributes), config.output)
+                _require_same_checkpoints(unfinished, config)
+            if finished is not None and first_difference(_decisive(finished), _decisive(attributes)):
+                raise _exists_already(path)
             records = {f"what corpus.sources[{n}] holds": source.sample() for n, source in enumerate(sources)}
         require_agreement(_decisive(attributes) | {"run": recorded(config.run)} | _versions() | records)
+        if exchange([finished is not None])[0, 0]:
+            if leads():
+                print(f"{path} is complete already")
+            return
         sequences = sequences_to_cut(sources, config.corpus, splits=len(config.exemplars.splits))
         workers = worker_count(
             config.run.input_workers, sequences=sequences, sharers=sharers_of(cores_of_process())
@@ -152,6 +158,26 @@ def extract(config: ExtractConfig, *, overwrite: bool = False, check_parity: int
     writer.finish(seconds=seconds)
     if leads() and (kept := _checkpoint_folder(config)):
         Files(kept).delete_all()
+
+
+def _exists_already(path: str) -> JaxplainError:
+    return JaxplainError(
+        f"{path} exists already, and is not what this config makes; choose another output, or replace it "
+        "with --overwrite."
+    )
+
+
+def _require_same_checkpoints(unfinished: Mapping[str, Any], config: ExtractConfig) -> None:
+    """Raise JaxplainError where a run would start a split over because its checkpoints are elsewhere."""
+    named = unfinished["config"].get("run", {}).get("checkpoint_folder")
+    before = named or (None if "://" in config.output else config.output)
+    if before in (None, config.saves_in):
+        return
+    if not Files(_join(before, f"{STORE_NAME}.checkpoints")).is_empty():
+        raise JaxplainError(
+            f"run.checkpoint_folder is {config.run.checkpoint_folder!r}, but the checkpoints of the store in "
+            f"the making are in {before!r}; go on with those, or start anew with --overwrite."
+        )
 
 
 def _prepare(config: ExtractConfig) -> tuple[Subject, list[Source], Selection, Mesh]:
@@ -226,7 +252,8 @@ def _extract_splits(
     seconds = {}
     for split in config.exemplars.splits:
         # The first process looks: the others may not see yet what it wrote.
-        complete, has_sequences = exchange([writer.has_split(split), writer.has_sequences(split)])[0]
+        looked = [leads() and writer.has_split(split), leads() and writer.has_sequences(split)]
+        complete, has_sequences = exchange(looked)[0]
         if complete:
             continue
         table = None
@@ -357,9 +384,9 @@ def _excluded_tokens(config: CorpusConfig, subject: Subject) -> frozenset[int]:
 def _decisive(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Of a store's attributes those that decide what is in it, as they are read back."""
     names = ("config", "subject", "tokenizer_hash", "corpora", "jaxplain_version")
-    found = json.loads(json.dumps({name: attributes[name] for name in names}))
+    found = json.loads(json.dumps({name: attributes.get(name) for name in names}))
     for name in ("run", "output"):
-        found["config"].pop(name)
+        found["config"].pop(name, None)
     return found
 
 

@@ -82,7 +82,7 @@ EXIT_STATUSES = {
     1: "a mistake of jaxplain's own, with a traceback: please report it",
     2: "something to put right, said in one sentence; nothing that was saved is lost",
     75: "stopped by SIGTERM, all saved: the same command goes on",
-    130: "stopped by Ctrl-C",
+    130: "stopped by Ctrl-C (view, which that is the way to end, has 0)",
     141: "whoever read the output, such as head, had enough",
 }
 

@@ -11,10 +11,12 @@ from transformers import AutoTokenizer
 from jaxplain.commands import PlainParser, run
 from jaxplain.errors import JaxplainError, first_line
 from jaxplain.progress import progress_bars
+from jaxplain.store.explanations import DATABASE_NAME
 from jaxplain.store.formats import neuron_records, neuronpedia, transluce
 from jaxplain.store.formats.imported import Imported
 from jaxplain.store.formats.neuron_record_source import NeuronRecordSource, is_neuron_records
 from jaxplain.store.formats.neuronpedia_source import NeuronpediaSource, is_neuronpedia
+from jaxplain.store.formats.output import require_no_file
 from jaxplain.store.formats.text_records import TextSource, TokenForm, import_text_records
 from jaxplain.store.formats.transluce_source import (
     Tokenizer,
@@ -111,7 +113,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--pad-token", type=int, metavar="ID", help="transluce: what sequences are padded with"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the store in OUT, at the end")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the store in OUT, and its explanations by the source's if that has any, at the end",
+    )
     return parser
 
 
@@ -140,6 +146,8 @@ def _ingest(form: str, sources: Sequence[Path], options: argparse.Namespace) -> 
         tokenizer = _tokenizer(options.tokenizer, options.pad_token, transluce_config(sources[0]))
         return import_transluce(sources[0], options.out, progress, tokenizer=tokenizer, **same)
     pedia = NeuronpediaSource(sources[0]) if form == neuronpedia.FORMAT else None
+    if pedia is not None:
+        require_no_file(Path(options.out) / DATABASE_NAME, overwrite=options.overwrite)
     source: TextSource = pedia or NeuronRecordSource(
         sources, tokens_seen=options.tokens_seen, strata=options.strata
     )
@@ -151,8 +159,12 @@ def _ingest(form: str, sources: Sequence[Path], options: argparse.Namespace) -> 
         token_form=options.token_form or "auto",
         **same,
     )
-    if pedia is not None and (explanations := pedia.import_explanations(found.path)):
-        print(f"{explanations:,} explanations are beside the store")
+    if pedia is not None:
+        explanations, empty = pedia.import_explanations(found.path, overwrite=options.overwrite)
+        if explanations:
+            print(f"{explanations:,} explanations are beside the store")
+        if empty:
+            print(f"{empty:,} explanations had no text and were left out")
     return found
 
 

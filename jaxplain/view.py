@@ -3,7 +3,10 @@
 import argparse
 import contextlib
 import importlib.util
+import ipaddress
 import socket
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,6 @@ from jaxplain.viewer.peaks import build_index
 from jaxplain.viewer.site import Site
 from jaxplain.viewer.static_site import write_site
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _MANY_PAGES = 5000
 
 
@@ -43,12 +45,12 @@ def main(arguments: Sequence[str]) -> None:
         listening = _listen(options.host, options.port)
         at = f"[{options.host}]" if ":" in options.host else options.host
         address = f"http://{at}:{listening.getsockname()[1]}/"
-        is_private = options.host in _LOOPBACK
+        is_private = _is_loopback(options.host)
         print(f"{address}  (Ctrl-C ends it)", flush=True)
         if not is_private:
-            print("Whoever can reach this machine can read these pages.", flush=True)
+            print("Whoever can reach this machine can read these pages.", file=sys.stderr, flush=True)
         summary["address"] = address
-    _serve(site, listening, is_private=is_private)
+    _serve(site, listening, host=options.host, is_private=is_private)
 
 
 def _make_index(site: Site, options: argparse.Namespace) -> None:
@@ -106,24 +108,31 @@ def _parser() -> argparse.ArgumentParser:
 def _chosen(site: Site, options: argparse.Namespace) -> list[NeuronId]:
     """The neurons to write, of all splits."""
     store = site.store
-    first = site.catalogue(store.splits[0])
-    split = first.split
-    layers = parse_range(options.layers, "--layers", int(split.layers[-1]) + 1)
-    indices = parse_range(options.indices, "--indices", int(split.neurons[-1]) + 1)
-    found = [n for n in map(first.neuron, range(len(first))) if n.layer in layers and n.index in indices]
+    splits = [store[name] for name in store.splits]
+    layers = parse_range(options.layers, "--layers", max(int(split.layers.max()) for split in splits) + 1)
+    indices = parse_range(options.indices, "--indices", max(int(split.neurons.max()) for split in splits) + 1)
+    explained = None
     if options.explained:
         with site.database() as database:
             explained = set(explained_neurons(database)) if database else set()
-        found = [neuron for neuron in found if neuron in explained]
-    if not found:
-        raise JaxplainError("none of the chosen neurons is in the store; choose others.")
-    pages = len(found) * len(store.splits)
-    if pages > _MANY_PAGES and not options.all:
-        raise JaxplainError(
-            f"these are {pages:,} pages, about {pages * _page_bytes(store) / 1e9:.1f} GB; choose fewer with "
-            "--layers, --indices or --explained, or give --all."
+    pages: Counter[NeuronId] = Counter()
+    for name in store.splits:
+        catalogue = site.catalogue(name)
+        pages.update(
+            neuron
+            for neuron in map(catalogue.neuron, range(len(catalogue)))
+            if neuron.layer in layers
+            and neuron.index in indices
+            and (explained is None or neuron in explained)
         )
-    return found
+    if not pages:
+        raise JaxplainError("none of the chosen neurons is in the store; choose others.")
+    if pages.total() > _MANY_PAGES and not options.all:
+        raise JaxplainError(
+            f"these are {pages.total():,} pages, about {pages.total() * _page_bytes(store) / 1e9:.1f} GB; "
+            "choose fewer with --layers, --indices or --explained, or give --all."
+        )
+    return list(pages)
 
 
 def _page_bytes(store: Store) -> float:
@@ -148,12 +157,19 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _serve(site: Site, listening: socket.socket, *, is_private: bool) -> None:
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _serve(site: Site, listening: socket.socket, *, host: str, is_private: bool) -> None:
     import uvicorn
 
-    from jaxplain.viewer.app import make_app
+    from jaxplain.viewer.app import LOOPBACK, make_app
 
-    app = make_app(site) if is_private else make_app(site, hosts=["*"])
+    app = make_app(site, hosts=[*LOOPBACK, host] if is_private else ["*"])
     with contextlib.closing(listening):
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False))
         with contextlib.suppress(KeyboardInterrupt):

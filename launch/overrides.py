@@ -20,7 +20,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -87,9 +87,17 @@ def _sources_flags(environment: Mapping[str, str]) -> list[str]:
     if not chosen:
         return []
     given = ["--corpus.sources", json.dumps(chosen)]
-    if any(source.get("preset") == "valueeval" for source in chosen):
-        given += ["--corpus.valueeval_dir", environment.get("VALUEEVAL_DIR") or "null"]
+    # The config may have a folder, which only this preset may have.
+    if not uses_valueeval(chosen):
+        given += ["--corpus.valueeval_dir", "null"]
+    elif environment.get("VALUEEVAL_DIR"):
+        given += ["--corpus.valueeval_dir", environment["VALUEEVAL_DIR"]]
     return given
+
+
+def uses_valueeval(chosen: Sequence[Mapping[str, object]]) -> bool:
+    """Whether one of some sources is the preset, which needs the folder of its files."""
+    return any(source.get("preset") == "valueeval" for source in chosen)
 
 
 def _valueeval(folder: str | None, environment: Mapping[str, str]) -> dict[str, object]:

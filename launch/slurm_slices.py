@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from overrides import PRESETS, SOURCE_VARIABLES, refuse, sources
+from overrides import PRESETS, SOURCE_VARIABLES, refuse, sources, uses_valueeval
 
 LAUNCH = Path(__file__).resolve().parent
 # These become part of the slices' configs, and would otherwise override them.
@@ -35,6 +35,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
     parser.add_argument("slices", type=int, help=f"how many, 2 to {_MOST_SLICES}")
     parser.add_argument("--config", required=True, help="the config of the whole run")
     parser.add_argument("--sbatch", default="", help="options of sbatch for the slices' jobs")
+    parser.add_argument("--merge-sbatch", default="", help="options of sbatch for the job that merges")
     parser.add_argument("--folder", help="where the slices' configs go, if the output is no local folder")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done as a shell script")
     options = parser.parse_args(arguments)
@@ -86,11 +87,13 @@ def slice_config(
     whole = environment.get("MAX_SEQUENCES") or corpus.get("max_sequences")
     if whole is None or not str(whole).isdecimal():
         refuse("corpus.max_sequences", whole, "give the number of all slices together, 0 for everything")
-    changed = {
+    changed: dict[str, Any] = {
         "sources": [_sliced(source, number, slices) for source in chosen],
         "max_sequences": math.ceil(int(str(whole)) / slices),
     }
-    if environment.get("VALUEEVAL_DIR") and any(source.get("preset") == "valueeval" for source in chosen):
+    if not uses_valueeval(chosen):
+        changed["valueeval_dir"] = None
+    elif environment.get("VALUEEVAL_DIR"):
         changed["valueeval_dir"] = environment["VALUEEVAL_DIR"]
     return {"corpus": changed, "output": f"{output}/slices/{number}"}
 
@@ -105,14 +108,22 @@ def commands(
     submit += [str(LAUNCH / "slurm.sbatch"), "--config", str(Path(options.config).absolute())]
     stores = [f"{output}/slices/{number}" for number in range(options.slices)]
     python = environment.get("PYTHON") or "python"
-    merge = ["sbatch", "--parsable", "--job-name=jaxplain-merge", "--dependency=afterok:$job"]
+    merge = [
+        "sbatch",
+        "--parsable",
+        "--job-name=jaxplain-merge",
+        "--dependency=afterok:$job",
+        *shlex.split(options.merge_sbatch),
+    ]
     # Without this the job would wait for ever for a slice that failed.
     merge += ["--kill-on-invalid-dep=yes", "--wrap"]
     return submit, [*merge, shlex.join([python, "-m", "jaxplain.merge", output, *stores])]
 
 
 def _sliced(source: Mapping[str, Any], number: int, slices: int) -> dict[str, Any]:
-    split = str(source.get("split") or _preset_split(source) or "train")
+    split = str(source.get("split") or "train")
+    if split == "train":
+        split = _preset_split(source) or split  # as an extraction takes it
     if not re.fullmatch(r"[\w.-]+(\s*\+\s*[\w.-]+)*", split):
         refuse("corpus.sources.split", split, "it is a slice already; give whole splits, joined by +")
     start, stop = (round(100 * end / slices) for end in (number, number + 1))

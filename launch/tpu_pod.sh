@@ -5,9 +5,10 @@
 #       launch/tpu_pod.sh my-tpu my_run.yaml gs://my-bucket/run [flags of jaxplain.extract]
 #
 # Run it from jaxplain's checkout, with gcloud's project set; it installs the last commit. The output has to lie
-# in a bucket, since a slice that is preempted is deleted, and so do the checkpoints beside it. SPOT=0 asks for a slice that is not preempted,
-# ATTEMPTS says how often to try (20), WAIT how many seconds lie between two looks at a slice (30). The slice
-# stays when the run is over: delete it.
+# in a bucket, since a slice that is preempted is deleted, and so do the checkpoints beside it. The workers need
+# Python 3.11 or newer: PYTHON names it (python3), or take a RUNTIME that has it. SPOT=0 asks for a slice that is
+# not preempted, ATTEMPTS says how often to try (20), WAIT how many seconds lie between two looks at a slice (30).
+# The slice stays when the run is over: delete it.
 set -euo pipefail
 
 refuse() {
@@ -40,7 +41,7 @@ install() {
             --zone="$ZONE" --worker=all &&
         rm -r "$folder" &&
         on_workers all "mkdir -p jaxplain && tar -xzf jaxplain.tar.gz -C jaxplain && \
-python3 -m venv venv && venv/bin/pip install --quiet 'jax[tpu]' './jaxplain[gcs]'"
+${PYTHON:-python3} -m venv venv && venv/bin/pip install --quiet 'jax[tpu]' './jaxplain[gcs]'"
 }
 
 ready() {
@@ -48,7 +49,7 @@ ready() {
         case $(state) in
             READY) return ;;
             MISSING)
-                tpu create --accelerator-type="$ACCELERATOR_TYPE" --version="$RUNTIME" "${spot[@]}" ||
+                tpu create --accelerator-type="$ACCELERATOR_TYPE" --version="$RUNTIME" ${spot[@]+"${spot[@]}"} ||
                     return
                 ;;
             PREEMPTED | TERMINATED | STOPPED) tpu delete --quiet || return ;;
@@ -62,8 +63,17 @@ extraction=$(printf '%q ' venv/bin/python -m jaxplain.extract --config run.yaml 
     --run.checkpoint_folder "$output" "$@")
 for ((attempt = 1; attempt <= ${ATTEMPTS:-20}; attempt++)); do
     echo "attempt $attempt: $extraction"
-    if ! ready || ! install; then
+    if ! ready; then
         sleep "$wait"
+        continue
+    fi
+    if ! install; then
+        sleep "$wait"
+        # A slice that is still there will not do better the next time.
+        if [[ $(state) == READY ]] && ! install; then
+            echo "error: jaxplain could not be installed on $name; the lines above say why." >&2
+            exit 2
+        fi
         continue
     fi
     if on_workers all "rm -f status; $extraction; status=\$?; echo \$status > status; exit \$status"; then
@@ -71,6 +81,9 @@ for ((attempt = 1; attempt <= ${ATTEMPTS:-20}; attempt++)); do
     fi
     if status=$(on_workers 0 "cat status") && [[ $status != "$preempted" ]]; then
         if [[ $status != 0 ]]; then
+            # A worker that is taken away first takes the others down with an error.
+            sleep "$wait"
+            if [[ $(state) != READY ]]; then continue; fi
             echo "error: the extraction ended with status $status; its last lines above say why." >&2
         fi
         exit "$status"

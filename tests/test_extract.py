@@ -342,11 +342,15 @@ def test_chat_data_with_a_plain_subject(workspace, tmp_path):
         extract(workspace, tmp_path / "run", "--subject.id", str(folder))
 
 
-def test_existing_output_is_kept_unless_told(workspace, tmp_path):
+def test_existing_output_is_kept_unless_told(workspace, tmp_path, capsys):
     extract(workspace, tmp_path, "--neurons.layers", "[0]")
     before = (tmp_path / "exemplars.zarr" / "zarr.json").read_text()
-    with pytest.raises(JaxplainError, match=r"exists already; .* --overwrite"):
+    with pytest.raises(JaxplainError, match=r"exists already, and is not what .* --overwrite"):
         extract(workspace, tmp_path)
+    capsys.readouterr()
+    extract(workspace, tmp_path, "--neurons.layers", "[0]")
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'exemplars.zarr'} is complete already\n")
+    assert (tmp_path / "exemplars.zarr" / "zarr.json").read_text() == before
     # A run that fails does not cost the old store even when it may be replaced.
     with pytest.raises(JaxplainError, match="names layer 99"):
         extract(workspace, tmp_path, "--overwrite", "--neurons.layers", "[99]")

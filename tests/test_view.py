@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import zarr
 
 import jaxplain
 from jaxplain.errors import JaxplainError
-from jaxplain.view import main
+from jaxplain.view import _is_loopback, main
 from jaxplain.viewer.peaks import FOLDER, open_index
 from tests.viewer import runs
 
@@ -104,7 +105,7 @@ def test_no_store(tmp_path):
 )
 def test_files(run, tmp_path, capsys, arguments, names):
     out = tmp_path / "out"
-    main([str(run), "--static", str(out), "--quiet", *arguments])
+    main([str(run), "--static", str(out), *arguments])
     assert sorted(path.stem for path in (out / "neuron" / "valid").iterdir()) == names
     files = sum(path.is_file() for path in out.rglob("*"))
     assert re.search(rf"^{files} files, [\d.]+ MB; open .*/out/index.html$", capsys.readouterr().out)
@@ -126,13 +127,45 @@ def test_many_pages_are_written_only_where_that_is_meant(run, tmp_path, monkeypa
 
 def test_the_index_of_tokens(run, tmp_path, capsys):
     folder = tmp_path / "index"
-    arguments = ["--static", str(tmp_path / "out"), "--layers", "0", "--quiet"]
+    arguments = ["--static", str(tmp_path / "out"), "--layers", "0"]
     main([str(run), "--index", "--index-folder", str(folder), *arguments])
     assert f"the index of tokens is in {folder}" in capsys.readouterr().out
     assert open_index(jaxplain.open_store(run), folder) is not None
     assert not (run / FOLDER).exists()
     main([str(run), "--index", "--overwrite", *arguments])
     assert (run / FOLDER / "index.json").is_file()
+
+
+def test_an_index_takes_no_folder_with_other_things(run, tmp_path, monkeypatch):
+    (tmp_path / "precious.txt").write_text("x")
+    for folder in (tmp_path, run, "."):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(JaxplainError, match="holds other things than an index of tokens"):
+            main([str(run), "--index", "--index-folder", str(folder)])
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+    assert (run / "exemplars.zarr").is_dir()
+
+
+def test_pages_never_replace_what_they_are_made_of(run, monkeypatch):
+    for folder in (run, run.parent, "."):
+        monkeypatch.chdir(run)
+        with pytest.raises(JaxplainError, match="which is read; choose another folder"):
+            main([str(run), "--static", str(folder), "--overwrite"])
+    assert (run / "exemplars.zarr").is_dir()
+
+
+def test_a_neuron_of_one_split_alone(tmp_path, capsys):
+    path = runs.write_store(tmp_path / "exemplars.zarr")
+    zarr.open(path, mode="r+")["train/stats/count"][0, 0] = -1
+    main([str(path), "--static", str(tmp_path / "out"), "--layers", "0"])
+    pages = tmp_path / "out" / "neuron"
+    assert sorted(page.stem for page in (pages / "train").iterdir()) == ["0.2", "0.5", "0.7", "0.8"]
+    assert sorted(page.stem for page in (pages / "valid").iterdir()) == ["0.1", "0.2", "0.5", "0.7", "0.8"]
+
+
+@pytest.mark.parametrize(("host", "is_loopback"), [("127.0.0.2", True), ("::1", True), ("0.0.0.0", False)])
+def test_what_is_this_machine_alone(host, is_loopback):
+    assert _is_loopback(host) == is_loopback
 
 
 def test_what_a_missing_package_says(run, monkeypatch):

@@ -36,6 +36,7 @@ class Plan:
             proposal.
         compiled_layers: The layers that this step keeps.
         not_compiled: Why there is nothing of that.
+        too_large: Whether that is so because the compiler needs more memory than there is for any batch.
         hours: None where the devices' speed is not known.
         sequences_per_second: That the devices can read, in the shallowest part; None likewise.
         checkpoint_size: Bytes of a checkpoint, on the mesh that the run would have.
@@ -58,6 +59,7 @@ class Plan:
     compiled: Compiled | None
     compiled_layers: list[int]
     not_compiled: str | None
+    too_large: bool
     utilisation: float
     hours: float | None
     sequences_per_second: float | None
@@ -66,8 +68,11 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the config's own mesh and batch fit."""
-        return self.configured is not None and self.configured.memory.total <= self.target.memory
+        """Whether the config's own mesh and batch fit, by what is known of the compiler's needs too."""
+        own, compiled = self.configured, self.compiled
+        if own is None or own.memory.total > self.target.memory or self.too_large:
+            return False
+        return compiled is None or compiled.batch >= own.batch
 
     @property
     def largest_batch_compiled(self) -> int | None:
@@ -110,10 +115,12 @@ def make_plan(config: ExtractConfig, target: Target, *, utilisation: float, comp
     runs = propose_runs(demand, target)
     parts = [demand] if runs is None else [demand.of_layers(layers) for layers in runs.layers]
     compiled, layers, why_not = None, [], _why_not(target, compiling)
+    too_large = False
     if why_not is None:
         try:
             compiled, layers = _compile(demand, target, configured, runs)
         except TooLargeError as error:
+            too_large = True
             gib = [amount / 2**30 for amount in (error.used, error.limit)]
             why_not = f"the step does not fit: the compiler counts {gib[0]:.2f} GiB of {gib[1]:.2f} GiB."
     mesh = configured if configured is not None or runs is None else runs.choice
@@ -138,6 +145,7 @@ def make_plan(config: ExtractConfig, target: Target, *, utilisation: float, comp
         compiled=compiled,
         compiled_layers=layers,
         not_compiled=why_not,
+        too_large=too_large,
         utilisation=utilisation,
         hours=flops / speed / 3600 if speed else None,
         sequences_per_second=speed / min(per_sequence) if speed else None,

@@ -49,6 +49,8 @@ def _configured(plan: Plan) -> str:
     text = f"{_mesh(plan.configured)}: {_memory_of(plan.configured)}, which "
     if plan.fits:
         return f"{text}fits; the largest batch that does is {plan.largest_batch}"
+    if plan.configured.memory.total <= plan.target.memory:
+        return f"{text}fits by this estimate, but not by the compiler's count below"
     if plan.largest_batch is None:
         return f"{text}does not fit, nor does any batch on this mesh"
     return f"{text}does not fit; the largest batch that does is {plan.largest_batch}"

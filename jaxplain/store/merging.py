@@ -26,7 +26,7 @@ from jaxplain.store.blocks import Block, Slice, merge_block, merge_draws
 from jaxplain.store.files import Files
 from jaxplain.store.reader import Store, open_store
 from jaxplain.store.repeats import repeated_rows, spans
-from jaxplain.store.writer import SequenceBlock, StoreWriter
+from jaxplain.store.writer import SequenceBlock, StoreWriter, unfinished_store
 
 BLOCKS_AT_ONCE = 3
 """While one block is computed, another is read and a third written."""
@@ -66,6 +66,11 @@ def merge_stores(
     if not overwrite and not Files(target).is_empty():
         raise JaxplainError(
             f"{target} exists already; choose another folder, or replace it with --overwrite."
+        )
+    if not overwrite and unfinished_store(target) is not None:
+        raise JaxplainError(
+            f"{target} is being made by an extraction that has not finished; run that to its end, or choose "
+            "another folder."
         )
     require_agreement(stores)
     files = [Files(store.zarr_path, cache_bytes=_CACHE_BYTES) for store in stores]

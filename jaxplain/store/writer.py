@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import math
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from jaxtyping import Bool, Float, Int
 from jaxplain.errors import JaxplainError
 from jaxplain.store import schema
 from jaxplain.store.files import Files, partial_name
+
+# A file on a network disk may be seen half a minute after another host has made it.
+_SECONDS_TO_SEE = 40.0
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,12 +61,11 @@ class StoreWriter:
         self._files = _growing(path)
         self._attributes = {"format": schema.FORMAT, "version": schema.VERSION} | attributes
         if not leads:
-            root = (self._files.read_json("zarr.json") or {}).get("attributes", {})
-            if "begun" not in root:
+            if not _until(lambda: "begun" in self._root()):
                 raise JaxplainError(
                     f"output {path} is not seen by all processes of the run; name a folder that they share."
                 )
-            self.begun = str(root["begun"])
+            self.begun = str(self._root()["begun"])
             return
         self.begun = secrets.token_hex(8) if begun is None else begun
         if begun is None:
@@ -110,6 +114,8 @@ class StoreWriter:
 
     def read_sequences(self, split: str) -> dict[str, ts.TensorStore]:
         """The arrays of a split's token table, for reading by row."""
+        if not self._leads:
+            _until(lambda: self.has_sequences(split))
         names = schema.sequence_arrays(sequences=0, tokens=1)
         return {name: self._files.open_array(f"{split}/sequences/{name}") for name in names}
 
@@ -203,6 +209,9 @@ class StoreWriter:
         if self._final.is_local:
             self._files.rename_to(self._final)
 
+    def _root(self) -> dict[str, Any]:
+        return (self._files.read_json("zarr.json") or {}).get("attributes", {})
+
     def _write_root(self, *, complete: bool) -> None:
         state = {"complete": True} if complete else {"complete": False, "begun": self.begun}
         self._files.write_json("zarr.json", schema.group_metadata(self._attributes | state))
@@ -229,6 +238,14 @@ def unfinished_store(path: str | Path) -> dict[str, Any] | None:
     return attributes if any(t.get("attributes", {}).get("complete") for t in tables) else None
 
 
+def finished_run(path: str | Path) -> dict[str, Any] | None:
+    """The attributes of a complete store that an extraction made; None where there is none."""
+    attributes = (Files(path).read_json("zarr.json") or {}).get("attributes", {})
+    made_otherwise = {"merged", "imported"} & attributes.keys()
+    is_store = attributes.get("format") == schema.FORMAT and attributes.get("complete")
+    return attributes if is_store and not made_otherwise else None
+
+
 def holds_nothing(path: str | Path) -> bool:
     """Whether a path has no store, nor a token table of one: at most a beginning that is made again soon."""
     final = Files(path)
@@ -237,6 +254,14 @@ def holds_nothing(path: str | Path) -> bool:
     attributes = (final.read_json("zarr.json") or {}).get("attributes", {})
     in_the_making = "begun" in attributes and "merged" not in attributes and not final.is_local
     return in_the_making and unfinished_store(path) is None
+
+
+def _until(holds: Callable[[], bool]) -> bool:
+    """Wait until something holds that another process has written; whether it does in the end."""
+    end = time.monotonic() + _SECONDS_TO_SEE
+    while not (held := holds()) and time.monotonic() < end:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    return held
 
 
 def _growing(path: str | Path) -> Files:

@@ -33,7 +33,10 @@ HEADERS = {
 }
 
 
-def make_app(site: Site, *, hosts: Sequence[str] = ("localhost", "127.0.0.1", "[::1]")) -> Starlette:
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+
+
+def make_app(site: Site, *, hosts: Sequence[str] = LOOPBACK) -> Starlette:
     """The application; it answers only to those who ask for one of `hosts`, or anyone where that is `*`."""
     pages, first = Pages(site), site.store.splits[0]
 

@@ -52,8 +52,7 @@ class Catalogue:
         ).astype(np.int32)
         if chosen is not None:
             rows = self.rows_of(np.array(sorted(chosen), np.int64).reshape(-1, len(axes)))
-            if (rows < 0).any():
-                raise JaxplainError("some of the chosen neurons are not in the store.")
+            rows = rows[rows >= 0]  # a neuron may be in another split alone
             self.place_N, self.name_NA = self.place_N[rows], self.name_NA[rows]
         self._columns: dict[str, np.ndarray] = {}
 

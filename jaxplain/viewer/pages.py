@@ -193,7 +193,6 @@ class Pages:
             explanations=[(e, list(_strips(found, e, exemplars, scale))) for e in explanations],
             beside=site.catalogue(split).beside(neuron),
             others=[s for s in others if site.catalogue(s).row_of(neuron) is not None],
-            active_above=site.store.config.get("statistics", {}).get("active_above", 0.0),
         )
 
     def search(self, query: Query, result: Result | None, *, root: str) -> str:
@@ -245,6 +244,7 @@ def _fragment(
         "name": neuron.id,
         "scale": scale,
         "stats": neuron.stats,
+        "active_above": neuron.split.store.config.get("statistics", {}).get("active_above", 0.0),
         "explanations": explanations,
         "excerpts": {
             kind: [excerpt_of(e, kind, scale) for e in found[:shown]] for kind, found in exemplars.items()

@@ -13,6 +13,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -37,8 +38,15 @@ def index_folder(store: Store) -> Path | None:
 def build_index(store: Store, folder: Path, progress: Progress) -> None:
     """Make the index of a store, in place of any that is there.
 
-    Raises JaxplainError where it cannot be written. It appears whole or not at all.
+    Raises JaxplainError where it cannot be written, or the folder holds other things. It appears whole or not
+    at all.
     """
+    folder = folder.absolute()
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and _about(folder) is None):
+        raise JaxplainError(
+            f"{folder} holds other things than an index of tokens; name a folder of its own with "
+            "--index-folder."
+        )
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -127,9 +135,15 @@ def open_index(store: Store, folder: Path | None) -> PeakIndex | None:
     """The index in a folder, if there is one of this very store."""
     if folder is None:
         return None
+    about = _about(folder)
+    expected = {"format": _FORMAT, "version": _VERSION, "store": _identity(store), "ranks": RANKS}
+    return PeakIndex(folder) if about == expected else None
+
+
+def _about(folder: Path) -> dict[str, Any] | None:
+    """What an index says of itself; None where there is none."""
     try:
         about = json.loads((folder / "index.json").read_text())
     except (OSError, ValueError):
         return None
-    expected = {"format": _FORMAT, "version": _VERSION, "store": _identity(store), "ranks": RANKS}
-    return PeakIndex(folder) if about == expected else None
+    return about if isinstance(about, dict) and about.get("format") == _FORMAT else None

@@ -53,6 +53,7 @@ class Site:
         if self.trouble is not None:
             self.explanations = None
         self._catalogues: dict[str, Catalogue] = {}
+        self._peaks: PeakIndex | None = None
         self._holdings: dict[str, Holding] = {}
         self._kept: dict[object, tuple[object, object]] = {}
         self._lock = threading.RLock()
@@ -136,10 +137,12 @@ class Site:
 
         return self._from_database((split, name), read, no_value(catalogue))
 
-    @functools.cached_property
+    @property
     def peaks(self) -> PeakIndex | None:
-        """The index of tokens, if there is one."""
-        return open_index(self.store, self.index)
+        """The index of tokens, if there is one; one that is made while pages are served is found."""
+        if self._peaks is None:
+            self._peaks = open_index(self.store, self.index)
+        return self._peaks
 
     @functools.cached_property
     def _vocabulary(self) -> list[str]:

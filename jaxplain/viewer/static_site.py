@@ -1,13 +1,12 @@
 """The same pages as plain files, for a disk or a bucket; a script searches what the server would."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxplain.errors import JaxplainError
 from jaxplain.progress import Progress
+from jaxplain.store.formats.output import new_folder
 from jaxplain.store.reader import Neuron
 from jaxplain.viewer.excerpts import LONGEST_TOKEN, peak_of, visible
 from jaxplain.viewer.pages import Pages, asset, file_of
@@ -24,28 +23,18 @@ def write_site(
 ) -> tuple[int, int]:
     """Write the pages of a site to a folder; the numbers of files and bytes.
 
-    Raises JaxplainError where the folder is there already or cannot be written. It appears whole or not at
-    all.
+    Raises JaxplainError where the folder is there already, holds the store or its explanations, or cannot be
+    written. It appears whole or not at all.
     """
-    if out.exists() and not overwrite:
-        raise JaxplainError(f"{out} is there already; name another folder, or give --overwrite.")
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        files = size = 0
+    read = [path for path in (site.store.zarr_path, site.explanations, site.index) if path is not None]
+    files = size = 0
+    with new_folder(out, sources=read, overwrite=overwrite) as partial:
         for name, text in _files(site, shown, progress):
             path = partial / name
             path.parent.mkdir(parents=True, exist_ok=True)
             data = text.encode("utf-8", "replace")
             path.write_bytes(data)
             files, size = files + 1, size + len(data)
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-    except OSError as error:
-        raise JaxplainError(f"the pages could not be written to {out}: {error.strerror}.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return files, size
 
 

@@ -49,11 +49,12 @@ CASES = {
     "most": ({"MAX_SEQUENCES": "7"}, "--corpus.max_sequences 7"),
     "dataset": (
         {"DATASET_NAME": "org/name", "DATASET_CONFIG": "en", "DATASET_SPLIT": "train[:5%]"},
-        """--corpus.sources '[{"dataset": "org/name", "config": "en", "split": "train[:5%]"}]'""",
+        """--corpus.sources '[{"dataset": "org/name", "config": "en", "split": "train[:5%]"}]' """
+        "--corpus.valueeval_dir null",
     ),
     "preset": (
         {"DATASET_NAME": "fineweb", "DATASET_SPLIT": "train[:9]"},
-        """--corpus.sources '[{"preset": "fineweb", "split": "train[:9]"}]'""",
+        """--corpus.sources '[{"preset": "fineweb", "split": "train[:9]"}]' --corpus.valueeval_dir null""",
     ),
     "valueeval": (
         {"VALUEEVAL_DIR": "/v"},
@@ -67,7 +68,11 @@ CASES = {
         {"VALUEEVAL_DIR": "/v", "VALUEEVAL_SPLITS": "training, test", "DATASET_NAME": "d"},
         """--corpus.sources '[{"dataset": "d"}, {"dataset": "csv", "data_files": """
         """["/v/arguments-training.tsv", "/v/arguments-test.tsv"], "delimiter": "\\t", """
-        """"text_column": "Premise"}]'""",
+        """"text_column": "Premise"}]' --corpus.valueeval_dir null""",
+    ),
+    "valueeval by name alone": (
+        {"DATASET_NAME": "valueeval"},
+        """--corpus.sources '[{"preset": "valueeval"}]'""",
     ),
 }
 
@@ -105,6 +110,26 @@ def test_preempted_jobs_are_requeued_and_failed_ones_are_not(cluster, statuses, 
     restarts = [int(record["environment"]["SLURM_RESTART_COUNT"]) for record in cluster.records()]
     assert restarts == list(range(calls))
     assert (cluster.folder / "slurm/job-100/status").read_text() == end
+
+
+def test_requeues_end(cluster):
+    cluster.run("sbatch", SBATCH, "--config", "run.yaml", STATUSES="75 75 75 0", MAX_REQUEUES="2")
+    assert len(cluster.calls()) == 3
+    log = (cluster.folder / "slurm/log-100").read_text()
+    assert "error: the run was requeued 2 times and is not done" in log
+    assert (cluster.folder / "slurm/job-100/status").read_text() == "75"
+
+
+def test_an_array_without_slices_is_refused(cluster):
+    cluster.run("sbatch", "--array=0-1", SBATCH, "--config", "run.yaml")
+    assert cluster.calls() == []
+    assert "JAXPLAIN_SLICES is ''" in (cluster.folder / "slurm/log-100").read_text()
+    assert (cluster.folder / "slurm/job-100/status").read_text() == "2"
+
+
+def test_cores_of_a_task_reach_srun(cluster):
+    cluster.run("sbatch", SBATCH, "--config", "run.yaml", SLURM_CPUS_PER_TASK="8")
+    assert [record["environment"].get("SRUN_CPUS_PER_TASK") for record in cluster.records()] == ["8"]
 
 
 def test_a_signal_lets_the_run_save_and_requeues_it(cluster):

@@ -55,6 +55,13 @@ def test_a_failed_run_is_not_repeated(cluster):
     assert len(cluster.calls()) == 2
 
 
+def test_what_cannot_be_installed_is_not_tried_for_ever(cluster):
+    ended = pod(cluster, NO_PYTHON="1")
+    assert ended.returncode == 2
+    assert "error: jaxplain could not be installed on tpu" in ended.stderr
+    assert verbs(cluster) == ["create", "scp", "ssh", "scp", "ssh"]
+
+
 def test_attempts_end(cluster):
     ended = pod(cluster, preemptions=9, ATTEMPTS="2")
     assert ended.returncode == 75

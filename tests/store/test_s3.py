@@ -47,7 +47,8 @@ def test_a_store_on_s3_is_that_on_disk(config, s3, local):
     assert store.zarr_path == f"{output}/exemplars.zarr"
     runs.assert_same_answer(store, local)
     with pytest.raises(JaxplainError, match="exists already"):
-        runs.run(config, output)
+        runs.run(config, output, "--exemplars.k", "2")
+    runs.assert_same_answer(runs.run(config, output), local)
 
 
 @pytest.mark.parametrize("writes", [5, 20, 60])

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from jaxplain.errors import JaxplainError
 from jaxplain.store.explanations import DATABASE_NAME, Explanation, open_explanations
 from jaxplain.store.formats.output import new_file
+from jaxplain.store.reader import open_store
 from jaxplain.store.scores import Score, read_scores
 
 FORMAT = "explanations"
@@ -27,18 +28,20 @@ _TYPES = {
 }
 
 
-def export_explanations(run_folder: Path, out: Path) -> int:
-    """Write all explanations of a run to a file whose name says the format, and say how many.
+def export_explanations(run: str, out: Path, *, overwrite: bool = False) -> int:
+    """Write all explanations to a file whose name says the format, and say how many.
 
-    Raises JaxplainError where there are none, or the format is not known. The file appears whole or not
-    at all.
+    `run` is a run's folder, a store, or the database itself.
+
+    Raises JaxplainError where there are none, the format is not known, or the file is there already. It
+    appears whole or not at all.
     """
     write = _WRITERS.get(out.suffix)
     if write is None:
         raise JaxplainError(
             f"the table of explanations is {out}; its name must end in {', '.join(_WRITERS)}."
         )
-    database = run_folder / DATABASE_NAME if run_folder.is_dir() else run_folder
+    database = _database_of(run)
     rows = 0
 
     def counted(explanations: Iterable[Explanation]) -> Iterator[Explanation]:
@@ -47,9 +50,19 @@ def export_explanations(run_folder: Path, out: Path) -> int:
             rows += 1
             yield explanation
 
-    with open_explanations(database) as explanations, new_file(out) as partial:
+    with open_explanations(database) as explanations, new_file(out, overwrite=overwrite) as partial:
         write(counted(explanations.each_explanation()), partial)
     return rows
+
+
+def _database_of(run: str) -> Path:
+    path = Path(run)
+    if "://" not in run and not (path / "zarr.json").exists():
+        return path / DATABASE_NAME if path.is_dir() else path
+    beside = open_store(run).explanations_path
+    if beside is None:
+        raise JaxplainError(f"{run} is not on a local disk; name its database of explanations instead.")
+    return beside
 
 
 def write_parquet_tables(database: Path, folder: Path, *, fingerprint: str) -> dict[str, int]:

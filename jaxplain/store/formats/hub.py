@@ -11,12 +11,12 @@ was cut off leaves none that is taken for whole.
 
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 
@@ -32,7 +32,10 @@ FORMAT = "huggingface"
 PARTS = ("all", "store", "explanations")
 
 _FILES_PER_COMMIT = 200
+# With the errors of the library that it talks HTTP by, whichever that is.
+_OF_NETWORK = tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
 _LAST = f"{STORE_NAME}/zarr.json"
+_TABLES = ("explanations.parquet", "scores.parquet")
 
 
 def push(
@@ -68,25 +71,36 @@ def push(
     disable_progress_bars()
     api = HfApi(endpoint=endpoint)
     with tempfile.TemporaryDirectory() as folder:
-        tables: dict[str, int] = {}
+        tables: dict[str, int | None] = {}
         files: list[tuple[str, Path]] = []
         if has_explanations:
-            tables = write_parquet_tables(database, Path(folder), fingerprint=store.fingerprint)
+            tables |= write_parquet_tables(database, Path(folder), fingerprint=store.fingerprint)
             files += [(f"{name}.parquet", Path(folder) / f"{name}.parquet") for name in tables]
             files.append((DATABASE_NAME, _copied(database, Path(folder))))
-        card = Path(folder) / "README.md"
-        card.write_text(
-            card_of(store, repository, tables, with_store=part != "explanations"), encoding="utf-8"
-        )
-        files.append(("README.md", card))
         if part != "explanations":
             files += _store_files(store)
         files.sort(key=lambda file: file[0] == _LAST)
-        total = sum(path.stat().st_size for _, path in files)
         try:
             url = api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
-            if part != "explanations" and api.file_exists(repository, _LAST, repo_type="dataset"):
+            known = (_LAST, DATABASE_NAME, *_TABLES)
+            there = {name for name in known if api.file_exists(repository, name, repo_type="dataset")}
+            if part != "explanations" and _LAST in there:
                 api.delete_folder(f"{STORE_NAME}/", repository, repo_type="dataset")
+            stale = [name for name in (DATABASE_NAME, *_TABLES) if name in there]
+            if part == "all" and not has_explanations and stale:
+                api.create_commit(
+                    repository,
+                    [CommitOperationDelete(path_in_repo=name) for name in stale],
+                    commit_message="Delete the explanations of another store",
+                    repo_type="dataset",
+                )
+            if part == "store":  # the explanations that are there stay
+                tables = {name.removesuffix(".parquet"): None for name in _TABLES if name in there}
+            card = Path(folder) / "README.md"
+            with_store = part != "explanations" or _LAST in there
+            card.write_text(card_of(store, repository, tables, with_store=with_store), encoding="utf-8")
+            files.insert(0, ("README.md", card))
+            total = sum(path.stat().st_size for _, path in files)
             with progress(total=total, desc=f"push to {repository}", unit="B") as bar:
                 first = len(files) - (files[-1][0] == _LAST)
                 for span in [*spans(first, _FILES_PER_COMMIT), slice(first, len(files))]:
@@ -95,13 +109,13 @@ def push(
             raise JaxplainError(
                 "the hub asks for a token; log in with hf auth login, and push again."
             ) from error
-        except (HfHubHTTPError, HFValidationError, OSError, RuntimeError) as error:
+        except (*_OF_NETWORK, HFValidationError, OSError, RuntimeError) as error:
             raise JaxplainError(f"{repository} could not be pushed: {first_line(error)}.") from error
     return str(url)
 
 
-def card_of(store: Store, repository: str, tables: dict[str, int], *, with_store: bool) -> str:
-    """The repository's card: metadata for the hub, then text."""
+def card_of(store: Store, repository: str, tables: Mapping[str, int | None], *, with_store: bool) -> str:
+    """The repository's card: metadata for the hub, then text. `tables` have rows, if that is known."""
     subject = store.attributes["subject"]
     metadata: dict[str, Any] = {
         "pretty_name": f"Neurons of {subject['id']}",
@@ -131,7 +145,7 @@ def card_of(store: Store, repository: str, tables: dict[str, int], *, with_store
         lines += [
             "## Explanations",
             "",
-            *(f"- `{name}.parquet`: {rows:,} rows" for name, rows in tables.items()),
+            *(f"- `{name}.parquet`" + (f": {rows:,} rows" if rows else "") for name, rows in tables.items()),
             f"- `{DATABASE_NAME}`: the same with prompts and replies, beside the store where `open_store` "
             "finds it",
             "",
@@ -139,7 +153,7 @@ def card_of(store: Store, repository: str, tables: dict[str, int], *, with_store
     return "\n".join(lines)
 
 
-def _facts(store: Store, tables: dict[str, int]) -> Iterator[str]:
+def _facts(store: Store, tables: Mapping[str, int | None]) -> Iterator[str]:
     subject, config = store.attributes["subject"], store.config
     revision = f", revision `{subject['revision']}`" if subject.get("revision") else ""
     yield f"- Subject: `{subject['id']}`{revision}"
@@ -156,8 +170,8 @@ def _facts(store: Store, tables: dict[str, int]) -> Iterator[str]:
     imported = store.attributes.get("imported")
     if imported:
         yield f"- Imported from {imported['format']}; not known: {'; '.join(imported['not_known'])}"
-    if "explanations" in tables:
-        yield f"- Explanations: {tables['explanations']:,}"
+    if count := tables.get("explanations"):
+        yield f"- Explanations: {count:,}"
 
 
 def _store_files(store: Store) -> list[tuple[str, Path]]:

@@ -27,6 +27,8 @@ from jaxplain.store.pooling import pooled_statistics
 from jaxplain.store.repeats import spans
 
 _NEURONS_AT_ONCE = 64
+_LOOKED_AT = 5
+"""Neurons of each layer in which to look for the levels between samples by quantile."""
 
 
 def is_neuron_records(path: Path) -> bool:
@@ -65,6 +67,7 @@ class NeuronRecordSource:
         self._trees = [dict(_layers(path)) for path in paths]
         self._found: set[tuple[float, ...]] = set()
         self._several_unpooled = False
+        self._samples_dropped = 0
 
     @property
     def neurons(self) -> int:
@@ -93,6 +96,11 @@ class NeuronRecordSource:
             found.append(
                 "moments of neurons that are in several trees, whose numbers of tokens are not known"
             )
+        if self._samples_dropped:
+            found.append(
+                f"samples by quantile of {self._samples_dropped:,} neurons, which are left out: their "
+                "boundaries are no levels"
+            )
         return found
 
     def chunks(self) -> Iterator[list[TextNeuron]]:
@@ -120,11 +128,13 @@ class NeuronRecordSource:
         if self._found or self._given is not None:
             return
         for layer in self._all_layers:
-            for index in self._indices(layer)[:1]:
+            for index in self._indices(layer)[:_LOOKED_AT]:
                 for record in self._read(layer, index).values():
                     levels = record.get("quantile_boundaries")
-                    if record.get(BY_QUANTILE) and levels and _are_levels(levels):
-                        self._found.add(tuple(levels))
+                    if record.get(BY_QUANTILE) and levels:
+                        self._found.add(tuple(levels) if _are_levels(levels) else ())
+        if () in self._found:  # values of activations, for one, differ between neurons
+            self._found = set()
 
     def _read(self, layer: int, index: int) -> dict[int, dict[str, Any]]:
         """The records of a neuron by the numbers of the trees that have one."""
@@ -146,7 +156,9 @@ class NeuronRecordSource:
             # Of the union, no more are known to be the strongest than the shortest full list has.
             strongest = sorted(_distinct(records["max"]), key=_falling)
             records["max"] = strongest[: max(_lengths(found, LISTS["max"]), default=0)]
-        if self._keeps_samples:
+        if not self._keeps_samples:
+            self._samples_dropped += any(record.get(BY_QUANTILE) for record in found.values())
+        else:
             records["quantile"] = [
                 one for record in found.values() for one in self._samples(record, layer, index)
             ]
@@ -156,6 +168,12 @@ class NeuronRecordSource:
 
     def _samples(self, record: Mapping[str, Any], layer: int, index: int) -> Iterator[TextRecord]:
         samples = record.get(BY_QUANTILE) or []
+        stated = record.get("quantile_boundaries")
+        if samples and self._given is None and stated and tuple(stated) != tuple(self.strata):
+            raise JaxplainError(
+                f"neuron {index} of layer {layer} has quantile_boundaries {stated}, and others "
+                f"{list(self.strata)}; name the levels between the samples with --strata."
+            )
         if samples and len(samples) != len(self.strata) + 1:
             raise JaxplainError(
                 f"neuron {index} of layer {layer} has samples of {len(samples)} quantiles, but there are "

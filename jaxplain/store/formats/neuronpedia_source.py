@@ -1,5 +1,6 @@
 """Reading Neuronpedia's batches of JSON lines, and its explanations into a database."""
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -109,21 +110,14 @@ class NeuronpediaSource:
         layer, expert = place
         return NeuronId.of(layer, max(expert, 0) if self._has_experts else None, int(index))
 
-    def import_explanations(self, store_path: str) -> int:
-        """Put the explanations beside an imported store, and say how many these are."""
-        lines = (
-            (self._name(place, str(line["index"])), line)
-            for place, folder in sorted(self._sources.items())
-            for path in _batches(folder, "explanations")
-            for line in _lines(path)
-        )
-        first = next(lines, None)
-        if first is None:
-            return 0
+    def import_explanations(self, store_path: str, *, overwrite: bool) -> tuple[int, int]:
+        """Put the explanations beside an imported store; how many, and how many lines had no text."""
+        if not any(_batches(folder, "explanations") for folder in self._sources.values()):
+            return 0, 0
         store = open_store(store_path)
-        count = 0
+        count = empty = 0
         with (
-            new_file(Path(store_path).parent / DATABASE_NAME) as partial,
+            new_file(Path(store_path).parent / DATABASE_NAME, overwrite=overwrite) as partial,
             open_explanations(
                 partial,
                 fingerprint=store.fingerprint,
@@ -132,25 +126,27 @@ class NeuronpediaSource:
             ) as database,
         ):
             database.connection.execute("PRAGMA journal_mode = DELETE")  # in one file, which can be renamed
-            for name, group in itertools.groupby(itertools.chain([first], lines), key=lambda pair: pair[0]):
-                made = [_made(line) for _, line in group]
-                for config in {json.dumps(config, sort_keys=True) for config, _ in made}:
-                    samples = [s for c, s in made if json.dumps(c, sort_keys=True) == config]
+            for place, folder in sorted(self._sources.items()):
+                # By neuron and what made them, wherever in the batches they stand.
+                found: dict[tuple[NeuronId, str], list[Sample]] = defaultdict(list)
+                for line in itertools.chain(*map(_lines, _batches(folder, "explanations"))):
+                    if not str(line.get("description") or "").strip():
+                        empty += 1
+                        continue
+                    config, sample = _made(line)
+                    found[self._name(place, str(line["index"])), json.dumps(config, sort_keys=True)].append(
+                        sample
+                    )
+                for (name, config), samples in found.items():
                     numbered = [
-                        Sample(
-                            sign=s.sign,
-                            sample=number,
-                            status="explained",
-                            text=s.text,
-                            model=s.model,
-                        )
+                        dataclasses.replace(sample, sample=number)
                         for sign in ("max", "min")
-                        for number, s in enumerate(one for one in samples if one.sign == sign)
+                        for number, sample in enumerate(s for s in samples if s.sign == sign)
                     ]
                     recipe = database.recipe(json.loads(config), jaxplain.__version__)
                     database.finish(recipe, name, numbered)
                     count += len(numbered)
-        return count
+        return count, empty
 
 
 def _made(line: Mapping[str, Any]) -> tuple[dict[str, Any], Sample]:

@@ -106,11 +106,11 @@ def neuron_blocks(
     Args:
         split: The split.
         kinds: Which of its kinds of exemplars to read.
-        layers: Which of its layers; all where None.
-        limit: The most exemplars of each kind.
+        layers: Which of its layers, as far as it has them; all where None.
+        limit: The most exemplars of each kind; of kind quantile all.
     """
     size = _neurons_at_once(split, kinds)
-    for layer in split.layers.tolist() if layers is None else layers:
+    for layer in layers_of(split, layers):
         place = int(np.searchsorted(split.layers, layer))
         for expert in [None] if split.experts is None else range(len(split.experts)):
             for span in spans(len(split.neurons), size):
@@ -119,10 +119,15 @@ def neuron_blocks(
                     yield block
 
 
+def layers_of(split: Split, layers: Sequence[int] | None) -> list[int]:
+    """Those of some layers that a split has; all of its own where None. Splits of an import may differ."""
+    held = split.layers.tolist()
+    return held if layers is None else [layer for layer in layers if layer in held]
+
+
 def neuron_count(split: Split, layers: Sequence[int] | None = None) -> int:
     """How many neurons `neuron_blocks` gives."""
-    chosen = split.layers.tolist() if layers is None else layers
-    places = np.searchsorted(split.layers, np.asarray(chosen, np.int64))
+    places = np.searchsorted(split.layers, np.array(layers_of(split, layers), np.int64))
     counts = (split.layer_arrays(int(place), "stats/count")[0] for place in places)
     return sum(int((count > _NOT_ASKED_FOR).sum()) for count in counts)
 

@@ -19,6 +19,7 @@ def new_folder(out: Path, *, sources: Sequence[str | Path], overwrite: bool) -> 
     read, or cannot be written.
     """
     require_new(out, sources=sources, overwrite=overwrite)
+    out = out.absolute()
     partial = Path(partial_name(out))
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -32,11 +33,12 @@ def new_folder(out: Path, *, sources: Sequence[str | Path], overwrite: bool) -> 
 
 
 @contextlib.contextmanager
-def new_file(out: Path) -> Iterator[Path]:
-    """A path to write to that gets the name `out` at the end, in place of any file of that name.
+def new_file(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A path to write to that gets the name `out` at the end.
 
-    Raises JaxplainError where it cannot be written.
+    Raises JaxplainError where that name is taken and not to be replaced, or it cannot be written.
     """
+    require_no_file(out, overwrite=overwrite)
     partial = out.with_name(f".{out.name}.partial")
     try:
         yield partial
@@ -46,6 +48,12 @@ def new_file(out: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def require_no_file(out: Path, *, overwrite: bool) -> None:
+    """Raise JaxplainError where something has the name `out` and is not to be replaced."""
+    if out.exists() and not overwrite:
+        raise JaxplainError(f"{out} exists already; choose another name, or replace it with --overwrite.")
 
 
 def require_new(out: Path, *, sources: Sequence[str | Path], overwrite: bool) -> None:

@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 
 from jaxplain.progress import Progress
 from jaxplain.store import schema
+from jaxplain.store.explanations import open_explanations
 from jaxplain.store.formats.explanations import write_parquet_tables
-from jaxplain.store.formats.neurons import NeuronBlock, neuron_blocks, neuron_count
+from jaxplain.store.formats.neurons import NeuronBlock, layers_of, neuron_blocks, neuron_count
 from jaxplain.store.formats.output import new_folder
 from jaxplain.store.reader import Store
 
@@ -70,12 +71,15 @@ def export_tables(
     chosen = [store[name] for name in (splits or store.splits)]
     rows = dict.fromkeys(_SCHEMAS, 0)
     database = store.explanations_path
+    if database is not None and database.exists():
+        with open_explanations(database, fingerprint=store.fingerprint):
+            pass  # one of another store had better be known at once
     with (
         new_folder(out, sources=[store.zarr_path], overwrite=overwrite) as folder,
         progress(total=sum(neuron_count(s, layers) for s in chosen), desc=FORMAT, unit="neurons") as bar,
     ):
         for split in chosen:
-            for layer in split.layers.tolist() if layers is None else layers:
+            for layer in layers_of(split, layers):
                 with contextlib.ExitStack() as stack:
                     writers = _writers(
                         folder, f"{split.name}-{layer:03d}", stack, bool(split.quantile_levels)

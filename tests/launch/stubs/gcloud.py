@@ -58,6 +58,8 @@ def ssh(words):
     ready()
     given = options(words)
     if "pip install" in given["command"]:
+        if "NO_PYTHON" in os.environ:
+            sys.exit(1)
         for worker in range(WORKERS):
             python = SLICE / f"worker-{worker}" / "venv/bin/python"
             python.parent.mkdir(parents=True, exist_ok=True)

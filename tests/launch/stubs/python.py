@@ -24,7 +24,9 @@ with Path(os.environ["CALLS"]).open("a+") as calls:
     fcntl.flock(calls, fcntl.LOCK_EX)
     calls.seek(0)
     before = len(calls.readlines())
-    environment = {name: value for name, value in os.environ.items() if name.startswith(("SLURM_", "CUDA_"))}
+    environment = {
+        name: value for name, value in os.environ.items() if name.startswith(("SLURM_", "SRUN_", "CUDA_"))
+    }
     calls.write(
         json.dumps({"command": command, "arguments": arguments[2:], "environment": environment}) + "\n"
     )

@@ -80,7 +80,9 @@ def dependency_holds(dependency):
 
 
 def run_task(job, folder, options, arguments, task):
-    number = job if task is None else 1000 * job + task
+    # One task of an array has the array's own number; requeueing that would requeue every task.
+    number = job if task in (None, 0) else 1000 * job + task
+    name = str(job) if task is None else f"{job}_{task}"
     environment = os.environ | {
         "SLURM_JOB_ID": str(number),
         "SLURM_SUBMIT_DIR": os.getcwd(),
@@ -98,7 +100,7 @@ def run_task(job, folder, options, arguments, task):
                 stderr=log,
                 check=False,
             ).returncode
-        requeued = STATE / f"requeued-{number}"
+        requeued = STATE / f"requeued-{name}"
         if not requeued.exists():
             return code
         requeued.unlink()
@@ -125,7 +127,7 @@ def srun(words):
 
 def scontrol(words):
     assert words[0] == "requeue", words
-    (STATE / f"requeued-{int(words[1])}").touch()
+    (STATE / f"requeued-{words[1]}").touch()
 
 
 if __name__ == "__main__":

@@ -120,6 +120,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             elif line["key"] == "lfsFile":
                 self.hub.files[value["path"]] = self.hub.objects[value["oid"]]
                 added.append(value["path"])
+            elif line["key"] == "deletedFile":
+                del self.hub.files[value["path"]]
             elif line["key"] == "deletedFolder":
                 self.hub.files = {
                     name: data for name, data in self.hub.files.items() if not name.startswith(value["path"])

@@ -128,6 +128,32 @@ def test_the_store_alone(store, server):
     assert "exemplars.zarr/zarr.json" in hub.files
 
 
+def test_parts_that_are_pushed_one_by_one_stand_on_one_card(store, server):
+    address, hub = server
+    for part in ("store", "explanations", "store"):
+        push(store, address, "--part", part)
+    assert {"explanations.sqlite", "exemplars.zarr/zarr.json"} <= hub.files.keys()
+    card = hub.files["README.md"].decode()
+    assert "open_store" in card
+    assert "config_name: explanations" in card
+    assert "- `explanations.parquet`\n" in card
+
+
+def test_explanations_of_another_store_do_not_stay(store, server, tmp_path):
+    address, hub = server
+    push(store, address)
+    push(stores.write(tmp_path / "exemplars.zarr", seed=5), address)
+    assert not [name for name in hub.files if name.startswith(("explanations", "scores"))]
+    assert "explanations" not in hub.files["README.md"].decode()
+
+
+def test_a_hub_that_is_not_there_is_one_sentence(store, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with pytest.raises(JaxplainError, match="someone/neurons could not be pushed: ") as caught:
+        push(store, "http://127.0.0.1:9")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("status", [401, 403, 500])
 def test_what_the_hub_refuses_is_one_sentence(store, server, status, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: None)

@@ -175,6 +175,34 @@ def test_neuronpedias_own_exports(tmp_path):
     ]
 
 
+def test_explanations_in_any_order_and_without_text(tmp_path, capsys):
+    source = tmp_path / "tiny" / "6-np"
+    write(source / "features" / "batch-0.jsonl.gz", [{"index": "1"}, {"index": "2"}])
+    write(
+        source / "activations" / "batch-0.jsonl.gz",
+        [{"index": i, "tokens": ["a", "b"], "values": [0, 2]} for i in ("1", "2")],
+    )
+    first = [{"index": "1", "description": "one"}, {"index": "2", "description": "two"}]
+    second = [{"index": "1", "description": text} for text in ("again", "  ", None)]
+    write(source / "explanations" / "batch-0.jsonl.gz", first)
+    write(source / "explanations" / "batch-1.jsonl.gz", second)
+    ingest([str(source), str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert "3 explanations are beside the store" in said
+    assert "2 explanations had no text and were left out" in said
+    split = jaxplain.open_store(tmp_path / "out")["train"]
+    assert [(e.text, e.sample) for e in split.neuron(6, 1).explanations()] == [("one", 0), ("again", 1)]
+    assert [e.text for e in split.neuron(6, 2).explanations()] == ["two"]
+
+
+def test_explanations_that_are_there_are_not_replaced_unasked(folder, tmp_path):
+    (tmp_path / "explanations.sqlite").write_text("paid for")
+    with pytest.raises(JaxplainError, match=r"explanations.sqlite exists already; .* --overwrite"):
+        imported(folder, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["explanations.sqlite"]
+    assert imported(folder, tmp_path, "--overwrite")["train"].neuron(1, 0).explanations()
+
+
 def test_batches_have_so_many_neurons(store, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(neuronpedia, "_NEURONS_PER_BATCH", 3)
     export([store.zarr_path, str(tmp_path), "--format", "neuronpedia", "--model", "other", "--layers", "1"])

@@ -9,6 +9,7 @@ import pytest
 
 from jaxplain.errors import JaxplainError
 from jaxplain.export import main as export
+from jaxplain.store.formats.neurons import layers_of, neuron_blocks, neuron_count
 from jaxplain.store.schema import STATISTICS
 from tests.store.formats import stores
 
@@ -133,3 +134,19 @@ def test_a_result_does_not_take_the_stores_place(store, tmp_path):
     folder = str(store.explanations_path.parent)
     with pytest.raises(JaxplainError, match="which is read; choose another folder"):
         export([store.zarr_path, folder, "--format", "parquet", "--overwrite"])
+
+
+def test_splits_may_have_other_layers(store):
+    assert layers_of(store["train"], [4, 99, 1]) == [4, 1]
+    assert neuron_count(store["train"], [99]) == 0
+    assert list(neuron_blocks(store["train"], kinds=["max"], layers=[99])) == []
+
+
+def test_a_table_of_explanations_that_is_there_stays_unless_told(store, tmp_path):
+    out = tmp_path / "all.csv"
+    out.write_text("mine")
+    with pytest.raises(JaxplainError, match=r"all\.csv exists already"):
+        export([store.zarr_path, str(out), "--format", "explanations"])
+    assert out.read_text() == "mine"
+    export([store.zarr_path, str(out), "--format", "explanations", "--overwrite"])
+    assert out.read_text().startswith("layer")
