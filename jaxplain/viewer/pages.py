@@ -17,7 +17,7 @@ from jaxplain.errors import JaxplainError
 from jaxplain.simulators.simulation import LEVELS
 from jaxplain.store.exemplar import Exemplar
 from jaxplain.store.neuron_id import NeuronId
-from jaxplain.store.reader import Neuron
+from jaxplain.store.reader import Neuron, Store
 from jaxplain.viewer.charts import HEIGHT, WIDTH, Bar, Distribution, distribution, edges_of, even_edges
 from jaxplain.viewer.excerpts import Scale, excerpt_of, near_peak, shaded, visible, visible_lines
 from jaxplain.viewer.explained import Explained, explained
@@ -184,6 +184,7 @@ class Pages:
             name=neuron,
             scale=scale,
             stats=found.stats,
+            active_above=_threshold(site.store),
             quantiles=found.quantiles,
             excerpts={
                 kind: [excerpt_of(e, kind, scale) for e in several[:shown]]
@@ -232,6 +233,11 @@ def neuron_fragment(neuron: Neuron, *, shown: int) -> Mapping[str, Any]:
     return _fragment(neuron, exemplars, scale, [], shown)
 
 
+def _threshold(store: Store) -> float:
+    """Above what a neuron is active."""
+    return store.config.get("statistics", {}).get("active_above", 0.0)
+
+
 def _fragment(
     neuron: Neuron,
     exemplars: Mapping[str, Sequence[Exemplar]],
@@ -244,7 +250,7 @@ def _fragment(
         "name": neuron.id,
         "scale": scale,
         "stats": neuron.stats,
-        "active_above": neuron.split.store.config.get("statistics", {}).get("active_above", 0.0),
+        "active_above": _threshold(neuron.split.store),
         "explanations": explanations,
         "excerpts": {
             kind: [excerpt_of(e, kind, scale) for e in found[:shown]] for kind, found in exemplars.items()

@@ -42,8 +42,9 @@ def test_some_of_them(split):
     assert chosen.row_of(names[3]) is None
     assert chosen.beside(names[2]) == (None, names[5])
     assert chosen.beside(names[3]) == (None, None)
-    with pytest.raises(JaxplainError, match="not in the store"):
-        Catalogue(split, chosen=[NeuronId([*names[0][:-1], 4])])
+    # A neuron may be in another split alone.
+    one = Catalogue(split, chosen=[names[2], NeuronId((99, *names[2][1:]))])
+    assert [one.neuron(row) for row in range(len(one))] == [names[2]]
 
 
 def test_columns_are_those_of_each_neuron(split):

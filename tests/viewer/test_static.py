@@ -94,7 +94,7 @@ def test_a_folder_that_is_there_is_kept(run, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("mine")
-    with pytest.raises(JaxplainError, match="is there already"):
+    with pytest.raises(JaxplainError, match="exists already"):
         write_site(site, out, shown=1, progress=QUIET)
     assert (out / "mine.txt").read_text() == "mine"
     write_site(site, out, shown=1, progress=QUIET, overwrite=True)

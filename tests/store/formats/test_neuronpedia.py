@@ -200,7 +200,7 @@ def test_explanations_that_are_there_are_not_replaced_unasked(folder, tmp_path):
     with pytest.raises(JaxplainError, match=r"explanations.sqlite exists already; .* --overwrite"):
         imported(folder, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["explanations.sqlite"]
-    assert imported(folder, tmp_path, "--overwrite")["train"].neuron(1, 0).explanations()
+    assert imported(folder, tmp_path, "--overwrite")["train"].neuron(1, 2).explanations()
 
 
 def test_batches_have_so_many_neurons(store, folder, tmp_path, monkeypatch):

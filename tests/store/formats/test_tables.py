@@ -149,4 +149,4 @@ def test_a_table_of_explanations_that_is_there_stays_unless_told(store, tmp_path
         export([store.zarr_path, str(out), "--format", "explanations"])
     assert out.read_text() == "mine"
     export([store.zarr_path, str(out), "--format", "explanations", "--overwrite"])
-    assert out.read_text().startswith("layer")
+    assert out.read_text().startswith("id,layer")
