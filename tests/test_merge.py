@@ -172,6 +172,20 @@ def test_overwrite_replaces_what_is_there(runs, tmp_path):
     assert jaxplain.open_store(tmp_path / "merged").fingerprint != before
 
 
+def test_a_run_that_has_not_finished_stays(runs, tmp_path, monkeypatch):
+    """Merging into its folder would throw its token tables away."""
+    arguments = ["--config", str(runs / "first.yaml"), "--output", str(tmp_path)]
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("jaxplain.extract.make_step", lambda *_, **__: (lambda *_: 1 // 0, None))
+        extract(arguments)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "exemplars.zarr.partial").rglob("*")}
+    assert before
+    with pytest.raises(jaxplain.JaxplainError, match="is being made by an extraction that has not finished"):
+        main([str(tmp_path), str(runs / "first"), str(runs / "last")])
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "exemplars.zarr.partial").rglob("*")}
+    assert after == before
+
+
 def test_the_sampled_tokens_are_in_the_store(runs):
     split = jaxplain.open_store(runs / "all")["train"]
     rows = split.sequences(np.arange(split.sequence_count))

@@ -181,6 +181,8 @@ def test_batches_are_halved_until_the_compiler_agrees(folder, capsys, monkeypatc
     lines = report(folder, capsys, devices=("--topology", "v5e:2x4"))
     assert tried == [("v5e:2x4", 8, 1, batch) for batch in (64, 32, 16, 8)]
     assert lines["compiled"] == "the step does not fit: the compiler counts 17.00 GiB of 16.00 GiB."
+    assert lines["configured"].endswith("fits by this estimate, but not by the compiler's count below")
+    assert not plan(folder, capsys, devices=("--topology", "v5e:2x4"))["fits"]
 
 
 @pytest.mark.parametrize(

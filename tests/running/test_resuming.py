@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -346,9 +347,15 @@ def test_checkpoints_may_lie_elsewhere(config, whole, tmp_path, monkeypatch):
     kept = tmp_path / "kept" / "exemplars.zarr.checkpoints"
     assert (kept / "train" / str(3 * BATCH)).is_dir()
     assert [path.name for path in output.iterdir()] == ["exemplars.zarr.partial"]
-    # Those of another store are not taken for this one's.
+    # A run does not start over because it is told to look elsewhere.
     other = tmp_path / "other"
     interrupted(monkeypatch, config, other, *MESH, steps=2, act=terminate, raised=Stopped)
+    with pytest.raises(
+        JaxplainError, match="but the checkpoints of the store in the making are in '.*other'"
+    ):
+        run(config, other, *MESH, *elsewhere)
+    # Those of another store are not taken for this one's.
+    shutil.rmtree(other / "exemplars.zarr.checkpoints")
     with pytest.raises(JaxplainError, match="are of another store than the one in the making; name another"):
         run(config, other, *MESH, *elsewhere)
     # Nor are they removed for one that begins.
