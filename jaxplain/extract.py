@@ -34,6 +34,7 @@ from jaxplain.mesh import make_mesh, undivided_width
 from jaxplain.planning.refusal import require_memory
 from jaxplain.processes import (
     Mail,
+    all_in_time,
     exchange,
     first_works,
     leads,
@@ -49,13 +50,23 @@ from jaxplain.resuming import first_difference, require_same
 from jaxplain.stopping import StopRequest
 from jaxplain.store.files import Files
 from jaxplain.store.schema import STORE_NAME
-from jaxplain.store.writer import StoreWriter, blocks_of, finished_run, holds_nothing, unfinished_store
+from jaxplain.store.writer import (
+    StoreWriter,
+    begun_at,
+    blocks_of,
+    finished_run,
+    holds_nothing,
+    unfinished_store,
+)
 from jaxplain.subjects.decoder import Decoder
 from jaxplain.subjects.parity import differences, require_parity, require_torch, table_of, torch_reference
 from jaxplain.subjects.subject import Subject, open_subject
 from jaxplain.subjects.vocabulary import token_bytes
 from jaxplain.summary import summarised
 from jaxplain.viewer.terminal import print_sample
+
+# A file on a network disk may be seen half a minute after another host has made it.
+_SECONDS_TO_SEE = 60.0
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -229,6 +240,7 @@ def _open_writer(
 
     with together():
         writer = open_it() if leads() else None
+    all_in_time(lambda: begun_at(path) is not None, seconds=_SECONDS_TO_SEE)
     with together():
         return writer or StoreWriter(path, attributes, leads=False)
 
@@ -263,6 +275,7 @@ def _extract_splits(
             )
             if table is not None:
                 _report(split, table, config.corpus)
+            all_in_time(lambda split=split: writer.has_sequences(split), seconds=_SECONDS_TO_SEE)
         folder = None if kept is None else f"{kept}/{split}"
         clock = extraction.run_split(writer, split, progress, folder=folder, stop=stop)
         seconds[split] = {"read": clock.total, "waited_for_input": clock.waited}

@@ -11,6 +11,7 @@ import platform
 import signal
 import sys
 import threading
+import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,6 +53,16 @@ def exchange(values: Sequence[int]) -> Int[np.ndarray, "P N"]:
 def any_process(holds: bool) -> bool:
     """Whether a condition holds in any process."""
     return bool(exchange([holds]).any())
+
+
+def all_in_time(holds: Callable[[], bool], *, seconds: float) -> bool:
+    """Whether a condition comes to hold in all processes; each looks again every second."""
+    end = time.monotonic() + seconds
+    while any_process(not holds()):
+        if any_process(time.monotonic() > end):
+            return False
+        time.sleep(_SECONDS_BETWEEN_SIGNS)
+    return True
 
 
 def gathered(tree: Any) -> Any:

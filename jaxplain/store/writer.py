@@ -4,8 +4,7 @@ import dataclasses
 import functools
 import math
 import secrets
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,6 @@ from jaxtyping import Bool, Float, Int
 from jaxplain.errors import JaxplainError
 from jaxplain.store import schema
 from jaxplain.store.files import Files, partial_name
-
-# A file on a network disk may be seen half a minute after another host has made it.
-_SECONDS_TO_SEE = 40.0
-_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,11 +56,12 @@ class StoreWriter:
         self._files = _growing(path)
         self._attributes = {"format": schema.FORMAT, "version": schema.VERSION} | attributes
         if not leads:
-            if not _until(lambda: "begun" in self._root()):
+            begun_there = begun_at(path)
+            if begun_there is None:
                 raise JaxplainError(
                     f"output {path} is not seen by all processes of the run; name a folder that they share."
                 )
-            self.begun = str(self._root()["begun"])
+            self.begun = begun_there
             return
         self.begun = secrets.token_hex(8) if begun is None else begun
         if begun is None:
@@ -114,8 +110,6 @@ class StoreWriter:
 
     def read_sequences(self, split: str) -> dict[str, ts.TensorStore]:
         """The arrays of a split's token table, for reading by row."""
-        if not self._leads:
-            _until(lambda: self.has_sequences(split))
         names = schema.sequence_arrays(sequences=0, tokens=1)
         return {name: self._files.open_array(f"{split}/sequences/{name}") for name in names}
 
@@ -209,9 +203,6 @@ class StoreWriter:
         if self._final.is_local:
             self._files.rename_to(self._final)
 
-    def _root(self) -> dict[str, Any]:
-        return (self._files.read_json("zarr.json") or {}).get("attributes", {})
-
     def _write_root(self, *, complete: bool) -> None:
         state = {"complete": True} if complete else {"complete": False, "begun": self.begun}
         self._files.write_json("zarr.json", schema.group_metadata(self._attributes | state))
@@ -256,12 +247,10 @@ def holds_nothing(path: str | Path) -> bool:
     return in_the_making and unfinished_store(path) is None
 
 
-def _until(holds: Callable[[], bool]) -> bool:
-    """Wait until something holds that another process has written; whether it does in the end."""
-    end = time.monotonic() + _SECONDS_TO_SEE
-    while not (held := holds()) and time.monotonic() < end:
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
-    return held
+def begun_at(path: str | Path) -> str | None:
+    """The name of the store in the making at a path, if one is seen there."""
+    attributes = (_growing(path).read_json("zarr.json") or {}).get("attributes", {})
+    return str(attributes["begun"]) if "begun" in attributes else None
 
 
 def _growing(path: str | Path) -> Files:
