@@ -1,11 +1,15 @@
 """SIGTERM, by which clusters announce that they take a machine back."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
+from types import FrameType
 
 from jaxplain.errors import Stopped
+
+_SECONDS_TO_RETRY = 0.05
 
 
 class StopRequest:
@@ -43,8 +47,23 @@ class StopRequest:
         finally:
             self._at_once = False
 
-    def _hear(self, *_: object) -> None:
+    def _hear(self, _: int, frame: FrameType | None) -> None:
         self.requested = True
-        if self._at_once:
-            self._at_once = False
-            raise Stopped(self._message)
+        if not self._at_once:
+            return
+        if _ignores_exceptions(frame):
+            again = threading.Timer(_SECONDS_TO_RETRY, os.kill, (os.getpid(), signal.SIGTERM))
+            again.daemon = True
+            again.start()
+            return
+        self._at_once = False
+        raise Stopped(self._message)
+
+
+def _ignores_exceptions(frame: FrameType | None) -> bool:
+    """Whether Python would print an exception that is raised here, and go on: while it collects garbage."""
+    while frame is not None:
+        if frame.f_code.co_name in ("__del__", "_xla_gc_callback"):
+            return True
+        frame = frame.f_back
+    return False
