@@ -246,6 +246,14 @@ def test_without_an_index_the_page_says_how_to_make_one(tmp_path):
     assert page.one("p", class_="found").text == "0 neurons"
 
 
+def test_an_index_that_is_made_meanwhile_is_found(tmp_path):
+    store = jaxplain.open_store(runs.write_store(tmp_path / "exemplars.zarr"))
+    site = Site(store)
+    assert site.peaks is None
+    peaks.build_index(store, tmp_path / peaks.FOLDER, progress_bars(enabled=False))
+    assert site.peaks is not None
+
+
 def test_an_index_of_another_store_is_not_used(tmp_path, run):
     runs.write_store(tmp_path / "exemplars.zarr", corpora=["another", "one"])
     shutil.copytree(run / peaks.FOLDER, tmp_path / peaks.FOLDER)
