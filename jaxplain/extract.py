@@ -101,7 +101,7 @@ def _sum_up(config: ExtractConfig) -> dict[str, Any]:
     return {
         "store": _join(config.output, STORE_NAME),
         "splits": {name: {"sequences": store[name].sequence_count} for name in store.splits},
-        "seconds": store.attributes["seconds"],
+        "seconds": store.attributes.get("seconds", {}),
     }
 
 
